@@ -1,0 +1,16 @@
+"""Images for training and evaluation: sources, transforms and batches."""
+
+from ttame_jax.data.loader import Batches, evaluation_batches, train_batches
+from ttame_jax.data.sources import Source, load_source, prepare
+from ttame_jax.data.transforms import UnreadableImage, preprocess
+
+__all__ = [
+    "Batches",
+    "Source",
+    "UnreadableImage",
+    "evaluation_batches",
+    "load_source",
+    "prepare",
+    "preprocess",
+    "train_batches",
+]
