@@ -1,0 +1,121 @@
+"""What every frozen classifier offers: preprocessing, masking kind, logits and feature maps."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+Masking = Literal["pixel", "standardised"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the classifier's input. The defaults are torchvision's for ImageNet.
+
+    The shortest side is resized (antialiased) to `resize_size` pixels, a centre square of
+    `image_size` pixels is cut out, scaled to [0, 1] and standardised per channel (RGB).
+    """
+
+    image_size: int = 224
+    resize_size: int = 256
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def standardise(self, images: jax.Array) -> jax.Array:
+        """Images [..., 3] in [0, 1] -> (images - mean) / std, the same shape and dtype."""
+        mean, std = (jnp.asarray(values, images.dtype) for values in (self.mean, self.std))
+        return (images - mean) / std
+
+    def resized(self, image_size: int) -> "Preprocessing":
+        """The same preprocessing for another input size; the share that is cropped stays."""
+        resize_size = image_size * self.resize_size // self.image_size
+        return replace(self, image_size=image_size, resize_size=resize_size)
+
+
+IMAGENET = Preprocessing()
+
+
+class Backbone(nnx.Module):
+    """A frozen image classifier that also returns the feature maps its explanation reads.
+
+    It always computes as in inference: BatchNorm uses its running statistics and there is no
+    dropout. Parameters are float32; `dtype` is the type of computation and of feature maps.
+
+    Attributes:
+      name: the name `load_backbone` knows it by.
+      num_classes: length of the logits.
+      preprocessing: what it expects of its input.
+      masking: how the paper masks this classifier's input with a mask E (Sec. III-C):
+        "pixel", |E * I| with |.| the standardisation, or "standardised", E * |I|.
+      min_size: smallest height and width of an input, in pixels.
+    """
+
+    masking: ClassVar[Masking] = "pixel"
+    min_size: int = 1
+
+    def __init__(
+        self,
+        name: str,
+        num_classes: int,
+        preprocessing: Preprocessing,
+        image_size: int | None,
+        dtype: DTypeLike,
+    ):
+        if image_size is not None and image_size != preprocessing.image_size:
+            preprocessing = preprocessing.resized(image_size)
+        self.name = name
+        self.num_classes = num_classes
+        self.preprocessing = preprocessing
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, images: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Logits and feature maps of standardised images.
+
+        Args:
+          images: [B, H, W, 3], standardised as `preprocessing` says.
+
+        Returns:
+          logits [B, num_classes] in float32, and a tuple of feature maps [B, H_i, W_i, C_i] in
+          `dtype`, earliest first.
+
+        Raises:
+          ValueError: images of another shape or of a size this classifier cannot take.
+        """
+        if images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"{self.name} takes images [B, H, W, 3], got {list(images.shape)}")
+        self.check_size(*images.shape[1:3])
+        logits, features = self.forward(images.astype(self.dtype))
+        return logits.astype(jnp.float32), features
+
+    def forward(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """The family's computation: x [B, H, W, 3] in `dtype` -> (logits, feature maps)."""
+        raise NotImplementedError
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises ValueError for an input size that this classifier cannot take."""
+        if min(height, width) < self.min_size:
+            raise ValueError(
+                f"{self.name} takes images of at least {self.min_size}x{self.min_size} pixels, "
+                f"got {height}x{width}"
+            )
+
+    def feature_shapes(self, image_size: int | None = None) -> tuple[tuple[int, int, int], ...]:
+        """(H_i, W_i, C_i) of each feature map for a square input, without computing anything."""
+        size = image_size or self.preprocessing.image_size
+        image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+        _, features = nnx.eval_shape(lambda backbone, x: backbone(x), self, image)
+        return tuple(feature.shape[1:] for feature in features)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What `load_backbone` needs besides the name to build this classifier again (JSON)."""
+        return {"num_classes": self.num_classes, "preprocessing": asdict(self.preprocessing)}
+
+    def fit_tensor(self, path: str, tensor: Any) -> Any:
+        """A stored tensor, adapted to this classifier's input size where that is defined."""
+        return tensor

@@ -1,0 +1,82 @@
+"""VGG (Simonyan and Zisserman, 2015, arXiv:1409.1556), with and without BatchNorm."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from .base import IMAGENET, Backbone, Preprocessing
+from .layers import Conv, FrozenBatchNorm, adaptive_average_pool
+
+DEPTHS = {
+    "vgg11": (1, 1, 2, 2, 2),
+    "vgg13": (2, 2, 2, 2, 2),
+    "vgg16": (2, 2, 3, 3, 3),
+    "vgg19": (2, 2, 4, 4, 4),
+}
+VARIANTS = {name + norm: depths for name, depths in DEPTHS.items() for norm in ("", "_bn")}
+"""Convolutions in each stage; a max-pool ends the stage."""
+
+WIDTHS = (64, 128, 256, 512, 512)
+GRID = 7  # the classifier reads a grid of 7x7 whatever the input size
+
+
+class ConvBlock(nnx.Module):
+    """3x3 convolution, BatchNorm if wanted, ReLU: [B, H, W, in] -> [B, H, W, out]."""
+
+    def __init__(self, in_features: int, out_features: int, batch_norm: bool, **options):
+        self.conv = Conv(in_features, out_features, (3, 3), padding=1, **options)
+        self.norm = FrozenBatchNorm(out_features) if batch_norm else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.conv(x)
+        return nnx.relu(x if self.norm is None else self.norm(x))
+
+
+class VGG(Backbone):
+    """Feature maps: the last three stages, after (`features="pool"`, the paper's choice) or before
+    (`"conv"`, its ablation) the max-pool that ends each."""
+
+    min_size = 32
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        num_classes: int = 1000,
+        preprocessing: Preprocessing = IMAGENET,
+        image_size: int | None = None,
+        features: Literal["pool", "conv"] = "pool",
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if features not in ("pool", "conv"):
+            raise ValueError(f"features of {name} are 'pool' or 'conv', not {features!r}")
+        super().__init__(name, num_classes, preprocessing, image_size, dtype)
+        self.features = features
+        options = {"dtype": self.dtype, "rngs": rngs}
+        in_features = 3
+        self.stages = nnx.List()
+        for depth, width in zip(VARIANTS[name], WIDTHS):
+            stage = nnx.List()
+            for _ in range(depth):
+                stage.append(ConvBlock(in_features, width, name.endswith("_bn"), **options))
+                in_features = width
+            self.stages.append(stage)
+        self.fc1 = nnx.Linear(in_features * GRID**2, 4096, **options)
+        self.fc2 = nnx.Linear(4096, 4096, **options)
+        self.head = nnx.Linear(4096, num_classes, dtype=jnp.float32, rngs=rngs)
+
+    def forward(self, x):
+        features = []
+        for stage in self.stages:
+            for block in stage:
+                x = block(x)
+            pooled = nnx.max_pool(x, (2, 2), strides=(2, 2))
+            features.append(pooled if self.features == "pool" else x)
+            x = pooled
+        x = adaptive_average_pool(x, GRID).reshape(len(x), -1)
+        x = nnx.relu(self.fc2(nnx.relu(self.fc1(x))))
+        return self.head(x), tuple(features[-3:])
