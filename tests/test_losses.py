@@ -1,0 +1,66 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from ttame_jax import losses
+from ttame_jax.losses import LossConfig, total_loss
+
+
+def torch_loss(maps, logits, classes, recipe):
+    """The spec's formulas, literally: maps [B, K, H, W], weights 1.5, 2, 0.005, 0.3."""
+    cross_entropy = torch.nn.functional.cross_entropy(logits, classes)
+    vertical = ((maps[:, :, 1:] - maps[:, :, :-1]) ** 2).sum()
+    horizontal = ((maps[:, :, :, 1:] - maps[:, :, :, :-1]) ** 2).sum()
+    if recipe == "paper":
+        area = (maps**0.3).mean()
+        variation = (vertical + horizontal) / (2 * maps.numel())
+        return 1.5 * cross_entropy + 2 * (area + 0.005 * variation)
+    area = ((maps + 5e-4) ** 0.3).mean()
+    borders = sum(
+        (border**2).sum()
+        for border in (maps[:, :, 0], maps[:, :, -1], maps[:, :, :, 0], maps[:, :, :, -1])
+    )
+    variation = 0.01 * (vertical + horizontal + 0.3 * borders) / (2 * len(maps))
+    return 1.5 * cross_entropy + 2 * area + variation
+
+
+@pytest.mark.parametrize("recipe", ["paper", "reference"])
+def test_total_loss_and_gradients_equal_the_formula_in_pytorch(recipe):
+    rng = np.random.default_rng(0)
+    maps = rng.uniform(size=(4, 4, 7, 5)).astype(np.float32)
+    logits = rng.normal(size=(4, 10)).astype(np.float32)
+    classes = np.array([3, 0, 9, 3])
+
+    def loss(maps, logits):
+        return total_loss(maps, logits, jnp.asarray(classes), LossConfig(recipe))[0]
+
+    value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(maps, logits)
+    torch_inputs = [torch.tensor(x, requires_grad=True) for x in (maps, logits)]
+    expected = torch_loss(*torch_inputs, torch.tensor(classes), recipe)
+    expected.backward()
+    np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
+    for gradient, tensor in zip(gradients, torch_inputs):
+        np.testing.assert_allclose(gradient, tensor.grad.numpy(), rtol=1e-4, atol=1e-7)
+
+
+def test_terms_have_the_values_worked_out_by_hand():
+    maps = jnp.array([[[[0.0, 1.0], [0.0, 1.0]]]])  # two horizontal steps of 1, no vertical one
+    np.testing.assert_allclose(losses.area(maps, 0.3), 0.5, atol=1e-3)
+    np.testing.assert_allclose(losses.variation(maps), 2 / 8)
+    # borders: top 1, bottom 1, left 0, right 2
+    np.testing.assert_allclose(losses.reference_variation(maps), (2 + 0.3 * 4) / 2)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "reference"])
+@pytest.mark.parametrize("value", [-1e4, 0.0, 1e4])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_loss_and_gradient_are_finite_for_constant_and_saturated_maps(recipe, value, dtype):
+    def loss(class_maps):
+        maps = jax.nn.sigmoid(class_maps)
+        return total_loss(maps, jnp.zeros((2, 3), dtype), jnp.array([0, 1]), LossConfig(recipe))[0]
+
+    result, gradient = jax.value_and_grad(loss)(jnp.full((2, 2, 4, 4), value, dtype))
+    assert result.dtype == jnp.float32
+    assert jnp.isfinite(result) and jnp.isfinite(gradient).all()

@@ -1,0 +1,183 @@
+"""The attention mechanism: feature branches and fusion (T-TAME, Fig. 3).
+
+Two identities make it cheap. A 1x1 convolution commutes with bilinear upsampling, since the
+weights of every upsampled pixel sum to 1: fusion runs at each branch's own resolution, and what
+is upsampled is class maps, not channels. And one class's map needs one column of the fusion
+kernel: only the classes asked for are ever computed.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ttame_jax.masking import upsample
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """An architecture of Table VI, or L-CAM-Img."""
+
+    skip: bool = True
+    batch_norm: bool = True
+    activation: Literal["relu", "sigmoid"] = "relu"
+    layers: int | None = None  # only the last so many feature maps; None is all of them
+    branches: bool = True  # False: the feature maps go straight into the fusion
+
+
+VARIANTS = {
+    "ttame": Variant(),
+    "no_skip": Variant(skip=False),
+    "no_skip_no_batch_norm": Variant(skip=False, batch_norm=False),
+    "sigmoid": Variant(activation="sigmoid"),
+    "two_layers": Variant(layers=2),
+    "one_layer": Variant(layers=1),
+    "lcam": Variant(layers=1, branches=False),
+}
+VariantName = Literal[
+    "ttame", "no_skip", "no_skip_no_batch_norm", "sigmoid", "two_layers", "one_layer", "lcam"
+]
+
+
+def conv1x1(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    """A 1x1 convolution with bias, initialised as PyTorch does; channels-last, it is a matmul."""
+    bound = inputs**-0.5
+    return nnx.Linear(
+        inputs,
+        outputs,
+        kernel_init=nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+        bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound),
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation over all axes but the last, with PyTorch's running statistics.
+
+    eps is 1e-5; a running average takes a tenth of the new value, which for the variance is the
+    unbiased one (Flax's own keeps the biased one). Statistics are of the local batch; computed
+    in float32.
+    """
+
+    epsilon = 1e-5
+    momentum = 0.1
+
+    def __init__(self, channels: int):
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.mean = nnx.BatchStat(jnp.zeros(channels))
+        self.var = nnx.BatchStat(jnp.ones(channels))
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        if train:
+            axes = tuple(range(x.ndim - 1))
+            values = x.astype(jnp.float32)
+            mean, var = values.mean(axes), values.var(axes)
+            count = x.size // x.shape[-1]
+            self._update(self.mean, mean)
+            self._update(self.var, var * count / max(count - 1, 1))
+        else:
+            mean, var = self.mean[...], self.var[...]
+        factor = self.scale[...] * jax.lax.rsqrt(var + self.epsilon)
+        return x * factor.astype(x.dtype) + (self.bias[...] - mean * factor).astype(x.dtype)
+
+    def _update(self, running: nnx.BatchStat, new: jax.Array) -> None:
+        new = jax.lax.stop_gradient(new)
+        running[...] = (1 - self.momentum) * running[...] + self.momentum * new
+
+
+class FeatureBranch(nnx.Module):
+    """Fig. 3(b) without its upsampling: ``ReLU(BN(Conv1x1(L)) + L)``, ``[B, H, W, C]``."""
+
+    def __init__(self, channels: int, variant: Variant, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.variant = variant
+        self.conv = conv1x1(channels, channels, dtype, rngs)
+        self.norm = BatchNorm(channels) if variant.batch_norm else None
+
+    def __call__(self, features: jax.Array, train: bool) -> jax.Array:
+        x = self.conv(features)
+        if self.norm is not None:
+            x = self.norm(x, train)
+        if self.variant.skip:
+            x = x + features.astype(x.dtype)
+        return jax.nn.sigmoid(x) if self.variant.activation == "sigmoid" else jax.nn.relu(x)
+
+
+class AttentionMechanism(nnx.Module):
+    """Feature maps to class maps (Fig. 3): the only part of T-TAME that is trained.
+
+    Args:
+      channels: of the backbone's feature maps, earliest first.
+      num_classes: of the backbone's classifier.
+      variant: a name in ``VARIANTS``; the paper's proposed architecture by default.
+      dtype: of the computation; parameters and class maps are float32.
+      rngs: for the initial parameters.
+
+    Raises:
+      ValueError: if the variant is unknown.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        num_classes: int,
+        *,
+        variant: VariantName = "ttame",
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if variant not in VARIANTS:
+            raise ValueError(f"unknown variant {variant!r}: use one of {', '.join(VARIANTS)}")
+        settings = VARIANTS[variant]
+        self.first_layer = len(channels) - (settings.layers or len(channels))
+        self.channels = tuple(channels[self.first_layer :])
+        self.dtype = dtype
+        self.branches = nnx.List(
+            [FeatureBranch(count, settings, dtype, rngs) for count in self.channels]
+            if settings.branches
+            else []
+        )
+        self.fusion = conv1x1(sum(self.channels), num_classes, dtype, rngs)
+
+    def __call__(
+        self,
+        features: Sequence[jax.Array],
+        classes: jax.Array | None = None,
+        *,
+        train: bool = False,
+    ) -> jax.Array:
+        """Class maps before the activation.
+
+        Args:
+          features: ``[B, H_i, W_i, C_i]`` each, as the backbone gives them.
+          classes: ``[K]``, the same for every image, or ``[B, K]``; None is all of them, in order.
+          train: whether batch statistics normalise (and move the running ones).
+
+        Returns:
+          ``[B, K, H_e, W_e]`` float32, with the spatial size of the largest feature map used.
+        """
+        maps = features[self.first_layer :]
+        size = (max(m.shape[1] for m in maps), max(m.shape[2] for m in maps))
+        if self.branches:
+            maps = [branch(m, train) for branch, m in zip(self.branches, maps)]
+
+        kernel, bias = self.fusion.kernel[...].T, self.fusion.bias[...]  # [Cls, sum C], [Cls]
+        if classes is not None:
+            kernel, bias = kernel[classes], bias[classes]
+        kernel_axes = "bkc" if kernel.ndim == 3 else "kc"
+        total, start = bias[..., None, None], 0
+        for m, channels in zip(maps, self.channels):
+            rows = kernel[..., start : start + channels].astype(self.dtype)
+            fused = jnp.einsum(
+                f"bhwc,{kernel_axes}->bkhw",
+                m.astype(self.dtype),
+                rows,
+                preferred_element_type=jnp.float32,
+            )
+            total = total + upsample(fused, size)
+            start += channels
+        return total

@@ -1,0 +1,151 @@
+"""The command `ttame`: each function is a subcommand, its docstring the help."""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from ttame_jax.files import save_arrays
+from ttame_jax.training.config import TrainConfig, preset
+
+
+def explain(
+    images: tyro.conf.Positional[tuple[Path, ...]],
+    *,
+    run: Path,
+    output: Path,
+    classes: str = "predicted",
+    weights: str | None = None,
+) -> None:
+    """Explain images with a trained run.
+
+    Writes NAME.png (the image, and each map over it) and NAME.npz (maps, classes,
+    probabilities) for every image.
+
+    Args:
+      images: Image files.
+      run: The run's folder, as ttame train wrote it.
+      output: Folder for the results.
+      classes: What to explain: predicted, top5 (or another number), or class ids as 3,17.
+      weights: Of the backbone, where they are no longer where the run found them.
+    """
+    from ttame_jax.data import preprocess
+    from ttame_jax.explainer import load_explainer
+
+    names = _output_names(images)
+    explainer = load_explainer(run, weights)
+    wanted = _parse_classes(classes)
+    for path, name in zip(images, names):
+        picture = preprocess(path, explainer.backbone.preprocessing)
+        _explain_one(explainer, picture, wanted, output / name)
+
+
+def _output_names(images: Sequence[Path]) -> list[str]:
+    """The files' stems; whole paths where two files share one."""
+    if not images:
+        raise ValueError("no image given: ttame explain IMAGE... --run DIR --output DIR")
+    stems = [path.stem for path in images]
+    if len(set(stems)) == len(stems):
+        return stems
+    return [str(path).strip("/").replace("/", "_") for path in images]
+
+
+def _parse_classes(text: str) -> str | np.ndarray | None:
+    """What the explainer takes: None (predicted), a name, or class ids ``[1, K]``."""
+    if text == "predicted":
+        return None
+    ids = text.split(",")
+    return np.array([ids], int) if all(part.strip().isdecimal() for part in ids) else text
+
+
+def _explain_one(explainer, picture: np.ndarray, classes, stem: Path) -> None:
+    from ttame_jax.plots import explanation_figure, save_figure
+
+    explanation = explainer(picture[None].astype(np.float32) / 255, classes)
+    arrays = {
+        field.name: np.asarray(getattr(explanation, field.name)[0])
+        for field in dataclasses.fields(explanation)
+    }
+    titles = [f"class {i}: {p:.1%}" for i, p in zip(arrays["classes"], arrays["probabilities"])]
+    save_figure(explanation_figure(picture, arrays["maps"], titles), f"{stem}.png")
+    save_arrays(f"{stem}.npz", **arrays)
+    print(f"{stem}.png: {', '.join(titles)}")
+
+
+def prepare(
+    dataset: tyro.conf.Positional[str],
+    *,
+    manual_dir: Path | None = None,
+    data_dir: Path | None = None,
+) -> None:
+    """Prepare a TFDS data set once, so that training can read it; needs TensorFlow.
+
+    Args:
+      dataset: Name in TFDS, such as imagenet2012.
+      manual_dir: Folder with the archives that TFDS cannot download, for imagenet2012
+        ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
+      data_dir: Where TFDS keeps its data sets; its usual folder by default.
+    """
+    from ttame_jax.data import prepare as prepare_dataset
+
+    prepare_dataset(dataset, data_dir, manual_dir)
+
+
+def demo(output: Path = Path("demo")) -> None:
+    """Train and explain a small classifier of digits, and write a page of pictures.
+
+    Args:
+      output: Folder for the runs and for index.html.
+    """
+    from ttame_jax.experiments.demo import run_demo
+
+    run_demo(output)
+
+
+def _train_command(default: TrainConfig):
+    def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default) -> None:
+        """Train an attention mechanism for a frozen classifier, or resume its run."""
+        from ttame_jax.training.loop import train as run
+
+        run(config)
+
+    return train
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line; a mistake in it ends with one line that says what to do."""
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        commands = {
+            "train": _train_command(_preset_named_in(args)),
+            "explain": explain,
+            "prepare": prepare,
+            "demo": demo,
+        }
+        tyro.extras.subcommand_cli_from_dict(
+            commands,
+            prog="ttame",
+            description="T-TAME: explanation maps for image classifiers in one forward pass.",
+            args=args,
+        )
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("TTAME_TRACEBACK"):
+            raise
+        sys.exit(f"ttame: {error} (TTAME_TRACEBACK=1 shows where)")
+
+
+def _preset_named_in(args: Sequence[str]) -> TrainConfig:
+    """What the flags of ``train`` start from: the preset that --backbone names."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--backbone", default=tyro.MISSING)
+    return preset(parser.parse_known_args(args)[0].backbone)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The training loss, one function an equation (T-TAME, section III-C3).
+
+Explanation maps are Psi ``[..., H, W]`` in [0, 1]; every function returns a float32 scalar.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Below this an explanation value counts as 0: x ** 0.3 has an infinite slope there.
+_SMALLEST = 1e-12
+
+
+def cross_entropy(logits: jax.Array, classes: jax.Array) -> jax.Array:
+    """Mean cross-entropy of logits ``[B, Cls]`` against classes ``[B]`` (Eq. 11, first term)."""
+    logits = logits.astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, classes).mean()
+
+
+def area(maps: jax.Array, exponent: float) -> jax.Array:
+    """Mean of the maps to the power of lambda 4 (Eq. 16)."""
+    return jnp.mean(jnp.maximum(maps.astype(jnp.float32), _SMALLEST) ** exponent)
+
+
+def variation(maps: jax.Array) -> jax.Array:
+    """Half the mean, over map values, of squared differences between neighbours (Eq. 17)."""
+    return _neighbour_differences(maps) / (2 * maps.size)
+
+
+def reference_area(maps: jax.Array, exponent: float) -> jax.Array:
+    """The area term of the authors' code: Eq. 16 with an offset inside the power."""
+    return jnp.mean((maps.astype(jnp.float32) + 5e-4) ** exponent)
+
+
+def reference_variation(maps: jax.Array) -> jax.Array:
+    """The variation term of the authors' code: sums, not means, and a penalty on the borders.
+
+    Maps ``[B, K, H, W]``: the sums run over all of them and are divided by 2 B alone, which is
+    K H W times the weight that Eq. 17 gives.
+    """
+    maps = maps.astype(jnp.float32)
+    borders = (maps[..., 0, :], maps[..., -1, :], maps[..., 0], maps[..., -1])
+    penalty = sum(jnp.sum(border**2) for border in borders)
+    return (_neighbour_differences(maps) + 0.3 * penalty) / (2 * maps.shape[0])
+
+
+def _neighbour_differences(maps: jax.Array) -> jax.Array:
+    maps = maps.astype(jnp.float32)
+    vertical, horizontal = jnp.diff(maps, axis=-2), jnp.diff(maps, axis=-1)
+    return jnp.sum(vertical**2) + jnp.sum(horizontal**2)
+
+
+RecipeName = Literal["paper", "reference"]
+RECIPES = {
+    "paper": (area, variation),
+    "reference": (reference_area, reference_variation),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Recipe and weights of the loss; the defaults are the paper's (section IV-C)."""
+
+    recipe: RecipeName = "paper"
+    """The paper's equations, or those of the authors' code."""
+    cross_entropy_weight: float = 1.5
+    """Lambda 1."""
+    regulariser_weight: float = 2.0
+    """Lambda 2."""
+    variation_weight: float = 0.005
+    """Lambda 3."""
+    area_exponent: float = 0.3
+    """Lambda 4."""
+
+
+def total_loss(
+    maps: jax.Array, logits: jax.Array, classes: jax.Array, config: LossConfig
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss (Eq. 11, 15) and its unweighted terms.
+
+    Args:
+      maps: Psi ``[B, K, H, W]`` in [0, 1].
+      logits: ``[B, Cls]`` of the masked images.
+      classes: ``[B]``, the model truth.
+      config: recipe and weights.
+    """
+    area_term, variation_term = RECIPES[config.recipe]
+    terms = {
+        "cross_entropy": cross_entropy(logits, classes),
+        "area": area_term(maps, config.area_exponent),
+        "variation": variation_term(maps),
+    }
+    regulariser = terms["area"] + config.variation_weight * terms["variation"]
+    loss = config.cross_entropy_weight * terms["cross_entropy"]
+    return loss + config.regulariser_weight * regulariser, terms

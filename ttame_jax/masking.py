@@ -1,0 +1,55 @@
+"""From an explanation map to a masked image: scaling, upsampling, selecting, masking."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from ttame_jax.backbones import Preprocessing
+
+MaskingKind = Literal["pixel", "standardised"]
+
+
+def min_max_scale(maps: jax.Array) -> jax.Array:
+    """Scales each map ``[..., H, W]`` to [0, 1] (paper, section III-D).
+
+    A constant map has no minimum to tell from its maximum and becomes all zeros, never NaN.
+    """
+    maps = maps.astype(jnp.float32)
+    low = maps.min(axis=(-2, -1), keepdims=True)
+    span = maps.max(axis=(-2, -1), keepdims=True) - low
+    return jnp.where(span > 0, (maps - low) / jnp.where(span > 0, span, 1), 0)
+
+
+def upsample(maps: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Resizes maps ``[..., h, w]`` to ``[..., *size]``, bilinear with half-pixel centres.
+
+    The same as PyTorch's ``interpolate(mode="bilinear", align_corners=False)`` where no side
+    shrinks.
+    """
+    if maps.shape[-2:] == size:
+        return maps
+    return jax.image.resize(maps, (*maps.shape[:-2], *size), "bilinear", antialias=False)
+
+
+def mask_images(
+    images: jax.Array, masks: jax.Array, preprocessing: Preprocessing, kind: MaskingKind
+) -> jax.Array:
+    """Masks images and standardises them, ready for the backbone.
+
+    Args:
+      images: ``[B, H, W, 3]`` in [0, 1].
+      masks: ``[B, H, W]`` in [0, 1].
+      preprocessing: whose mean and standard deviation are used.
+      kind: ``"pixel"`` is ``|E * I|``, the paper's CNN masking (Eq. 13): masked pixels are black;
+        ``"standardised"`` is ``E * |I|``, its ViT masking (Eq. 14): they are the mean colour.
+
+    Returns:
+      ``[B, H, W, 3]``, standardised.
+    """
+    masks = masks[..., None]
+    if kind == "pixel":
+        return preprocessing.standardise(masks * images)
+    if kind == "standardised":
+        return masks * preprocessing.standardise(images)
+    raise ValueError(f"unknown masking {kind!r}: use 'pixel' or 'standardised'")

@@ -1,0 +1,57 @@
+"""Explanation maps as pictures."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from ttame_jax.files import write_atomically
+from ttame_jax.masking import upsample
+
+COLOUR_MAP = "turbo"
+
+
+def heatmap(explanation_map: jax.typing.ArrayLike, size: tuple[int, int]) -> np.ndarray:
+    """A map ``[h, w]`` in [0, 1] as colours: uint8 ``[*size, 3]``, blue (0) to red (1)."""
+    values = np.asarray(upsample(np.asarray(explanation_map, np.float32), size))
+    return matplotlib.colormaps[COLOUR_MAP](values, bytes=True)[..., :3]
+
+
+def overlay(
+    image: np.ndarray, explanation_map: jax.typing.ArrayLike, opacity: float = 0.5
+) -> np.ndarray:
+    """The heatmap of a map ``[h, w]`` over its image, uint8 ``[H, W, 3]`` as the image is."""
+    colours = heatmap(explanation_map, image.shape[:2])
+    return ((1 - opacity) * image + opacity * colours).round().astype(np.uint8)
+
+
+def explanation_figure(
+    image: np.ndarray, maps: Sequence[jax.typing.ArrayLike], titles: Sequence[str]
+) -> Figure:
+    """An image ``[H, W, 3]`` uint8 beside its overlay for each map ``[h, w]``, in one row."""
+    panels = [(image, "image"), *((overlay(image, m), title) for m, title in zip(maps, titles))]
+    figure = Figure(figsize=(2.6 * len(panels), 2.9), layout="constrained")
+    for axes, (picture, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        axes.imshow(picture)
+        axes.set_title(title, fontsize=10)
+        axes.axis("off")
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Writes a figure whole or not at all; the ending names the format."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=Path(path).suffix.lstrip("."), dpi=120)
+    write_atomically(path, buffer.getvalue())
+
+
+def save_image(image: np.ndarray, path: str | Path) -> None:
+    """Writes a uint8 ``[H, W, 3]`` image as PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    write_atomically(path, buffer.getvalue())

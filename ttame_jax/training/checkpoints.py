@@ -1,0 +1,122 @@
+"""Orbax checkpoints of a run: the last ones and the best one by AD and IC at 15 %."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
+
+from ttame_jax.attention import AttentionMechanism
+from ttame_jax.training.step import TrainState
+
+CHECKPOINT_FOLDER = "checkpoints"
+LAST_KEPT = 2
+
+
+def score(metrics: Mapping[str, float]) -> float:
+    """What makes a checkpoint the best: high IC(15 %) and low AD(15 %), by their difference."""
+    return metrics["IC_15"] - metrics["AD_15"]
+
+
+class Checkpoints:
+    """The checkpoints of a run, saved in the background; a context manager.
+
+    Each holds the attention mechanism, the optimizer's state and the place in the data, as
+    separate items, so that explaining reads only the first.
+    """
+
+    def __init__(self, run_dir: Path):
+        self._manager = ocp.CheckpointManager(
+            (run_dir / CHECKPOINT_FOLDER).absolute(),
+            options=ocp.CheckpointManagerOptions(
+                best_fn=score,
+                cleanup_tmp_directories=True,
+                preservation_policy=policy.AnyPreservationPolicy(
+                    [
+                        policy.LatestN(LAST_KEPT),
+                        policy.BestN(
+                            get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False
+                        ),
+                    ]
+                ),
+            ),
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._manager.close()  # waits for what is being written
+
+    def save(self, state: TrainState, batches, metrics: Mapping[str, float] | None = None) -> None:
+        """Saves the state and the place in the data, unless this step is saved already."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(
+            attention=ocp.args.StandardSave(_attention_item(state.params, state.batch_stats)),
+            optimizer=ocp.args.StandardSave({"step": state.step, "state": state.opt_state}),
+            data=grain.checkpoint.CheckpointSave(batches),
+        )
+        self._manager.save(step, args=items, metrics=metrics)
+
+    def restore(self, state: TrainState, batches) -> TrainState:
+        """The last checkpoint's state, its place set in `batches`; the given one if none is."""
+        step = self._manager.latest_step()
+        if step is None:
+            return state
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                attention=ocp.args.StandardRestore(
+                    _attention_item(state.params, state.batch_stats)
+                ),
+                optimizer=ocp.args.StandardRestore(
+                    {"step": state.step, "state": state.opt_state}
+                ),
+                data=grain.checkpoint.CheckpointRestore(batches),
+            ),
+        )
+        return TrainState(
+            restored.optimizer["step"],
+            restored.attention["params"],
+            restored.attention["batch_stats"],
+            restored.optimizer["state"],
+        )
+
+
+def _attention_item(params: nnx.State, batch_stats: nnx.State) -> dict[str, nnx.State]:
+    return {"params": params, "batch_stats": batch_stats}
+
+
+def load_attention(run_dir: str | Path, attention: AttentionMechanism) -> int:
+    """Fills the mechanism from the run's best checkpoint, its last where none was measured.
+
+    Returns:
+      The checkpoint's step.
+
+    Raises:
+      FileNotFoundError: if the run has no checkpoint yet.
+    """
+    folder = (Path(run_dir) / CHECKPOINT_FOLDER).absolute()
+    missing = FileNotFoundError(f"{run_dir} has no checkpoint yet: train it with ttame train")
+    if not folder.is_dir():
+        raise missing
+    _, params, batch_stats = nnx.split(attention, nnx.Param, nnx.BatchStat)
+    options = ocp.CheckpointManagerOptions(best_fn=score, read_only=True)
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        step = manager.best_step()
+        if step is None:
+            step = manager.latest_step()
+        if step is None:
+            raise missing
+        shapes = jax.tree.map(
+            ocp.utils.to_shape_dtype_struct, _attention_item(params, batch_stats)
+        )
+        items = ocp.args.Composite(attention=ocp.args.StandardRestore(shapes))
+        restored = manager.restore(step, args=items).attention
+    nnx.update(attention, restored["params"], restored["batch_stats"])
+    return step

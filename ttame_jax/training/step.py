@@ -1,0 +1,147 @@
+"""The compiled training and measuring steps, data-parallel over one device mesh."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ttame_jax.attention import AttentionMechanism
+from ttame_jax.backbones import Backbone
+from ttame_jax.explainer import explain
+from ttame_jax.losses import LossConfig, total_loss
+from ttame_jax.masking import MaskingKind, mask_images, upsample
+from ttame_jax.metrics.ad_ic import masked_confidences
+
+AXIS = "data"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """All that a step changes."""
+
+    step: jax.Array  # int32, the number of steps done
+    params: nnx.State  # of the attention mechanism
+    batch_stats: nnx.State  # its BatchNorms' running statistics
+    opt_state: optax.OptState
+
+
+def data_mesh() -> Mesh:
+    """One axis over every device of every process."""
+    return Mesh(np.array(jax.devices()), (AXIS,))
+
+
+def replicate(tree, mesh: Mesh):
+    """The same arrays on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def shard_batch(batch: np.ndarray, mesh: Mesh) -> jax.Array:
+    """This process's part ``[b, ...]`` of a global batch, spread over its devices."""
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXIS)), batch)
+
+
+def to_unit_range(images: jax.Array) -> jax.Array:
+    """uint8 images to float32 in [0, 1]."""
+    return images.astype(jnp.float32) / 255
+
+
+def initial_state(
+    attention: AttentionMechanism, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """The state before the first step."""
+    _, params, batch_stats = nnx.split(attention, nnx.Param, nnx.BatchStat)
+    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
+
+
+def make_train_step(
+    backbone: Backbone,
+    attention: AttentionMechanism,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    masking: MaskingKind,
+    loss_config: LossConfig,
+) -> Callable:
+    """Compiles a step of T-TAME's training (section III-D).
+
+    Each device takes its part of the batch by itself, as under ``jax.pmap``: its Psi are the maps
+    of its own images' model truths, its BatchNorms see its own features. Gradients and running
+    statistics are averaged over the devices.
+
+    Returns:
+      ``step(state, backbone_state, images) -> (state, metrics)``; ``images`` uint8
+      ``[B, H, W, 3]`` sharded on the batch, ``backbone_state`` from ``nnx.split(backbone)``,
+      ``metrics`` scalars (loss, cross_entropy, area, variation). The state is donated.
+    """
+    backbone_graph = nnx.graphdef(backbone)
+    attention_graph = nnx.graphdef(attention)
+
+    def loss_fn(params, batch_stats, backbone_state, images):
+        classify = nnx.merge(backbone_graph, backbone_state)
+        mechanism = nnx.merge(attention_graph, params, batch_stats, copy=True)
+        logits, features = classify(classify.preprocessing.standardise(images))
+        classes = jnp.argmax(logits, axis=-1)  # the model truth [b]
+        maps = jax.nn.sigmoid(mechanism(features, classes, train=True))  # Psi [b, b, h, w]
+        masks = upsample(jnp.einsum("bbhw->bhw", maps), images.shape[1:3])
+        masked = mask_images(images, masks, classify.preprocessing, masking)
+        masked_logits, _ = classify(masked)
+        loss, terms = total_loss(maps, masked_logits, classes, loss_config)
+        return loss, ({"loss": loss, **terms}, nnx.state(mechanism, nnx.BatchStat))
+
+    def local_step(state: TrainState, backbone_state, images):
+        images = to_unit_range(images)
+        # Marked as differing between devices, so that the gradient is the device's own and
+        # crosses devices once, in the mean below.
+        params, batch_stats = jax.lax.pcast(
+            (state.params, state.batch_stats), AXIS, to="varying"
+        )
+        gradient = jax.grad(loss_fn, has_aux=True)
+        grads, aux = gradient(params, batch_stats, backbone_state, images)
+        grads, (metrics, batch_stats) = jax.lax.pmean((grads, aux), AXIS)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+
+    step = jax.shard_map(
+        local_step, mesh=mesh, in_specs=(P(), P(), P(AXIS)), out_specs=(P(), P())
+    )
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_measure_step(
+    backbone: Backbone, attention: AttentionMechanism, mesh: Mesh, masking: MaskingKind
+) -> Callable:
+    """Compiles the measuring of T-TAME's own maps by AD and IC.
+
+    Returns:
+      ``measure(backbone_state, attention_state, images) -> (confidences [B], masked [B, P])``,
+      with images as for the training step.
+    """
+    backbone_graph, attention_graph = nnx.graphdef(backbone), nnx.graphdef(attention)
+
+    def local_measure(backbone_state, attention_state, images):
+        classify = nnx.merge(backbone_graph, backbone_state)
+        mechanism = nnx.merge(attention_graph, attention_state)
+        images = to_unit_range(images)
+        explanation = explain(classify, mechanism, images, None)
+        masked = masked_confidences(
+            lambda standardised: jax.nn.softmax(classify(standardised)[0]),
+            images,
+            explanation.maps[:, 0],
+            explanation.classes[:, 0],
+            classify.preprocessing,
+            masking,
+        )
+        return explanation.probabilities[:, 0], masked
+
+    return jax.jit(
+        jax.shard_map(
+            local_measure, mesh=mesh, in_specs=(P(), P(), P(AXIS)), out_specs=P(AXIS)
+        )
+    )
