@@ -1,0 +1,10 @@
+import pytest
+from flax import nnx
+
+from ttame_jax.backbones import load_backbone
+
+
+@pytest.fixture(scope="session")
+def abstract_backbone():
+    """`load_backbone` without weights that computes nothing: shapes only."""
+    return lambda name, **config: nnx.eval_shape(lambda: load_backbone(name, **config))

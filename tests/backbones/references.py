@@ -1,0 +1,91 @@
+"""The real torchvision and timm modules, with random weights that leave no term at zero."""
+
+import math
+
+import numpy as np
+import torch
+
+from convert.pretrained import TIMM, TORCHVISION
+from convert.torch_import import import_torchvision
+
+TINY_VIT = {"image_size": 48, "patch_size": 8, "width": 96, "depth": 4, "num_heads": 3}
+
+
+def create(name: str, library: str, **options) -> torch.nn.Module:
+    """torchvision's or timm's module of a backbone, in inference mode."""
+    torchvision = import_torchvision()
+    if library == "torchvision":
+        model = torchvision.models.get_model(TORCHVISION[name], **options)
+    else:
+        import timm
+
+        model = timm.create_model(TIMM[name].partition(".")[0], **options)
+    return model.eval()
+
+
+def create_free_vit(library: str, num_classes: int = 10) -> torch.nn.Module:
+    """A small ViT with the sizes of `TINY_VIT`."""
+    size, patch, width, depth, heads = TINY_VIT.values()
+    torchvision = import_torchvision()
+    if library == "torchvision":
+        return torchvision.models.VisionTransformer(
+            size, patch, depth, heads, width, 4 * width, num_classes=num_classes
+        ).eval()
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        size, patch, embed_dim=width, depth=depth, num_heads=heads, num_classes=num_classes
+    ).eval()
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Weights that keep the activations' scale, and non-trivial biases, norms and statistics."""
+    generator = torch.Generator().manual_seed(seed)
+    for key, tensor in model.state_dict().items():
+        if not tensor.is_floating_point():
+            continue
+        if key.endswith("running_var") or (tensor.ndim == 1 and key.endswith("weight")):
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        elif tensor.ndim == 1 or "token" in key or "pos_embed" in key:
+            tensor.normal_(0, 0.2, generator=generator)
+        else:
+            tensor.normal_(0, math.sqrt(1.5 / tensor[0].numel()), generator=generator)
+    return model
+
+
+def images(height: int, width: int | None = None, count: int = 2) -> np.ndarray:
+    """[count, height, width, 3] with structure at several scales, roughly standardised."""
+    rng = np.random.default_rng(1)
+    shape = (count, height, width or height, 3)
+    coarse = np.kron(rng.normal(size=(count, 4, 4, 3)), np.ones((1, 80, 80, 1)))
+    return (coarse[:, : shape[1], : shape[2]] + rng.normal(size=shape)).astype(np.float32)
+
+
+def outputs(model: torch.nn.Module, nodes: list[str], x: np.ndarray) -> list[np.ndarray]:
+    """Logits, then the outputs of the named modules as [B, H, W, C], of images [B, H, W, 3]."""
+    found = {}
+
+    def keep(node):
+        return lambda module, args, output: found.__setitem__(node, output.clone())
+
+    hooks = [model.get_submodule(node).register_forward_hook(keep(node)) for node in nodes]
+    with torch.no_grad():
+        logits = model(torch.from_numpy(x).permute(0, 3, 1, 2))
+    for hook in hooks:
+        hook.remove()
+    return [logits.numpy(), *(spatial(found[node]) for node in nodes)]
+
+
+def spatial(feature: torch.Tensor) -> np.ndarray:
+    """[B, C, H, W], or a ViT's [B, 1 + N, C], as [B, H, W, C]."""
+    if feature.ndim == 4:
+        return feature.permute(0, 2, 3, 1).numpy()
+    side = math.isqrt(feature.shape[1] - 1)
+    return feature[:, 1:].reshape(len(feature), side, side, -1).numpy()
+
+
+def assert_close(ours, theirs: np.ndarray) -> None:
+    """Within 1e-5 of the largest reference value, and the reference is worth comparing with."""
+    assert ours.shape == theirs.shape
+    assert theirs.std() > 1e-2 * np.abs(theirs).max()
+    assert np.abs(np.asarray(ours) - theirs).max() <= 1e-5 * np.abs(theirs).max()

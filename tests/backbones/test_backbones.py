@@ -1,0 +1,162 @@
+"""What every backbone promises, whatever its weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from convert.weights import parameters
+from ttame_jax.backbones import Preprocessing, list_backbones, load_backbone
+from ttame_jax.backbones.layers import adaptive_average_pool
+
+TINY_VIT = {"image_size": 32, "patch_size": 8, "width": 24, "depth": 4, "num_heads": 3}
+# One small member of each family that initialises in no time.
+SMALL = [("squeezenet1_1", {}), ("digits_cnn", {}), ("digits_vit", {}), ("vit", TINY_VIT)]
+
+
+@nnx.jit
+def run(backbone, x):
+    return backbone(x)
+
+
+def images(size, seed=0):
+    return jax.random.normal(jax.random.key(seed), (2, size, size, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "expected"),
+    [
+        ("vgg16", {}, ((28, 28, 256), (14, 14, 512), (7, 7, 512))),
+        ("vgg16", {"features": "conv"}, ((56, 56, 256), (28, 28, 512), (14, 14, 512))),
+        ("resnet50", {}, ((28, 28, 512), (14, 14, 1024), (7, 7, 2048))),
+        ("vit_b16", {}, ((14, 14, 768),) * 3),
+        ("squeezenet1_0", {}, ((27, 27, 256), (13, 13, 512), (13, 13, 512))),
+    ],
+)
+def test_feature_shapes_are_those_of_the_paper(name, config, expected, abstract_backbone):
+    assert abstract_backbone(name, **config).feature_shapes() == expected
+
+
+@pytest.mark.parametrize(("name", "config"), SMALL)
+def test_features_have_the_promised_shapes_and_types(name, config):
+    backbone = load_backbone(name, num_classes=7, dtype="bfloat16", **config)
+    size = backbone.preprocessing.image_size
+    logits, features = run(backbone, images(size))
+    assert logits.shape == (2, 7) and logits.dtype == jnp.float32
+    assert tuple(feature.shape[1:] for feature in features) == backbone.feature_shapes()
+    assert {feature.dtype for feature in features} == {jnp.dtype("bfloat16")}
+    assert {value.dtype for value in parameters(backbone).values()} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(("name", "config"), SMALL)
+def test_bfloat16_computes_the_same_function(name, config):
+    half, full = (load_backbone(name, dtype=dtype, **config) for dtype in ("bfloat16", None))
+    x = images(half.preprocessing.image_size)
+    for low, high in zip(jax.tree.leaves(run(half, x)), jax.tree.leaves(run(full, x))):
+        assert jnp.abs(low - high).max() < 0.03 * jnp.abs(high).max()
+
+
+@pytest.mark.parametrize(("name", "config"), SMALL)
+def test_initialisation_follows_the_seed(name, config):
+    first, again, other = (load_backbone(name, seed=seed, **config) for seed in (3, 3, 4))
+    x = images(first.preprocessing.image_size)
+    np.testing.assert_array_equal(run(first, x)[0], run(again, x)[0])
+    assert not np.array_equal(run(first, x)[0], run(other, x)[0])
+
+
+def test_training_mode_changes_nothing():
+    backbone = load_backbone("digits_cnn")
+    before = parameters(backbone)
+    logits, _ = backbone(images(64))
+    backbone.train()
+    np.testing.assert_array_equal(backbone(images(64))[0], logits)
+    for path, value in parameters(backbone).items():
+        np.testing.assert_array_equal(value, before[path])
+
+
+def test_input_gradient_reaches_every_pixel():
+    backbone = load_backbone("digits_vit")
+    gradient = jax.grad(lambda x: backbone(x)[0][:, 0].sum())(images(64))
+    assert jnp.isfinite(gradient).all() and (gradient != 0).all()
+
+
+def test_masking_kind_is_the_familys(abstract_backbone):
+    for name in list_backbones():
+        expected = "standardised" if "vit" in name else "pixel"
+        assert abstract_backbone(name).masking == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "shape", "message"),
+    [
+        ("digits_cnn", {}, (1, 3, 64, 64), r"digits_cnn takes images \[B, H, W, 3\]"),
+        ("digits_cnn", {}, (64, 64, 3), r"takes images \[B, H, W, 3\], got \[64, 64, 3\]"),
+        ("vgg11", {}, (1, 31, 64, 3), "vgg11 takes images of at least 32x32 pixels, got 31x64"),
+        ("squeezenet1_0", {}, (1, 21, 20, 3), "at least 21x21"),
+        ("squeezenet1_1", {}, (1, 16, 17, 3), "at least 17x17"),
+        ("vit", TINY_VIT, (1, 48, 32, 3), "vit was built for 32x32 pixels, got 48x32"),
+    ],
+)
+def test_unusable_images_are_refused_in_one_line(name, config, shape, message, abstract_backbone):
+    with pytest.raises(ValueError, match=message) as error:
+        abstract_backbone(name, **config)(jnp.zeros(shape))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("vgg17", {}, "unknown backbone 'vgg17'; there are vgg11, "),
+        ("resnet18", {"features": "norm"}, "resnet18 has no option features; it has dtype, "),
+        ("vgg11", {"features": "block"}, "features of vgg11 are 'pool' or 'conv', not 'block'"),
+        ("vit", {"features": "pool"}, "features of vit are 'block' or 'norm', not 'pool'"),
+        ("vit_b16", {"depth": 3}, "vit_b16 has a fixed depth; use the free 'vit'"),
+        ("vit", {"image_size": 225}, "image_size that patch_size divides"),
+        ("vit", {"num_heads": 5}, "width that num_heads divides, got 224 / 16 and 384 / 5"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(name, config, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_backbone(name, **config)
+    assert "\n" not in str(error.value)
+
+
+def test_an_option_of_none_is_the_default():
+    backbone = load_backbone("digits_vit", num_classes=None, features=None, image_size=None)
+    assert backbone.num_classes == 10 and backbone.preprocessing.image_size == 64
+
+
+def test_the_smallest_squeezenet_input_is_pytorchs():
+    torch = pytest.importorskip("torch")
+    from references import create
+
+    for name in ("squeezenet1_0", "squeezenet1_1"):
+        smallest = load_backbone(name).min_size
+        model = create(name, "torchvision")
+        model(torch.zeros(1, 3, smallest, smallest))
+        with pytest.raises(RuntimeError):
+            model(torch.zeros(1, 3, smallest - 1, smallest - 1))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 7), (8, 9), (14, 15), (20, 6)])
+def test_adaptive_average_pool_equals_pytorchs(shape):
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(0).normal(size=(2, *shape, 4)).astype(np.float32)
+    theirs = torch.nn.AdaptiveAvgPool2d(7)(torch.from_numpy(x).permute(0, 3, 1, 2))
+    ours = adaptive_average_pool(jnp.asarray(x), 7)
+    np.testing.assert_allclose(ours, theirs.permute(0, 2, 3, 1).numpy(), atol=1e-6)
+
+
+def test_standardise_subtracts_the_mean_and_divides_by_the_deviation():
+    preprocessing = Preprocessing(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0))
+    image = jnp.asarray([[[0.6, 0.7, 0.8]]])
+    np.testing.assert_allclose(preprocessing.standardise(image), [[[1.0, 2.0, 0.25]]], rtol=1e-6)
+    assert preprocessing.standardise(image.astype("bfloat16")).dtype == jnp.bfloat16
+
+
+def test_another_image_size_keeps_the_share_that_is_cropped(abstract_backbone):
+    preprocessing = abstract_backbone("vgg16", image_size=448).preprocessing
+    assert (preprocessing.image_size, preprocessing.resize_size) == (448, 512)
+    preprocessing = abstract_backbone("vit", **TINY_VIT).preprocessing
+    assert (preprocessing.image_size, preprocessing.resize_size) == (32, 32)

@@ -1,0 +1,222 @@
+"""Logits and feature maps against the real torchvision and timm modules, float32."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from references import (
+    TINY_VIT,
+    assert_close,
+    create,
+    create_free_vit,
+    images,
+    outputs,
+    randomise,
+    spatial,
+)
+from safetensors.torch import load_file, save_file
+
+from convert.torch_import import import_torchvision
+from convert.weights import to_torch
+from ttame_jax.backbones import load_backbone
+from ttame_jax.backbones.vit import resample_pos_embed
+
+
+@pytest.fixture(autouse=True)
+def _highest_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@nnx.jit
+def run(backbone, x):
+    return backbone(x)
+
+
+def carry(model, path, name, **config):
+    """Our backbone with the module's weights, by way of a file."""
+    save_file(model.state_dict(), path)
+    backbone = load_backbone(name, path, **config)
+    path.unlink()
+    return backbone
+
+
+def check(backbone, model, nodes, x):
+    logits, features = run(backbone, x)
+    assert len(features) == len(nodes)
+    for ours, theirs in zip((logits, *features), outputs(model, nodes, x)):
+        assert_close(ours, theirs)
+
+
+def check_round_trip(backbone, model, library):
+    """Back in PyTorch's layout, every tensor has the bytes it came with."""
+    back, state = to_torch(backbone, library), model.state_dict()
+    assert back.keys() == state.keys()
+    for key, tensor in state.items():
+        assert back[key].dtype == tensor.numpy().dtype
+        assert np.array_equal(back[key], tensor.numpy()), key
+
+
+def vgg_nodes(model, kind):
+    """The last three max-pools, or the layers before them."""
+    pools = [
+        int(index)
+        for index, layer in model.features.named_children()
+        if isinstance(layer, torch.nn.MaxPool2d)
+    ]
+    return [f"features.{index - (kind == 'conv')}" for index in pools[-3:]]
+
+
+RESNET_NODES = ["layer2", "layer3", "layer4"]
+
+
+@pytest.fixture(scope="module")
+def vgg16():
+    return randomise(create("vgg16", "torchvision"))
+
+
+@pytest.mark.parametrize("features", ["pool", "conv"])
+def test_vgg16_equals_torchvision(vgg16, features, tmp_path):
+    backbone = carry(vgg16, tmp_path / "w.safetensors", "vgg16", features=features)
+    nodes = vgg_nodes(vgg16, features)
+    assert nodes == [f"features.{i - (features == 'conv')}" for i in (16, 23, 30)]
+    check(backbone, vgg16, nodes, images(224))
+
+
+@pytest.mark.parametrize(
+    ("name", "library", "features"),
+    [("vgg11_bn", "torchvision", "conv"), ("vgg13_bn", "timm", "pool")],
+)
+def test_vgg_equals_reference(name, library, features, tmp_path):
+    model = randomise(create(name, library, num_classes=10))
+    backbone = carry(model, tmp_path / "w.safetensors", name, num_classes=10, features=features)
+    check(backbone, model, vgg_nodes(model, features), images(224))
+    check_round_trip(backbone, model, library)
+
+
+def test_vgg_equals_torchvision_where_the_grid_is_not_7x7(tmp_path):
+    model = randomise(create("vgg11", "torchvision", num_classes=10))
+    backbone = carry(model, tmp_path / "w.safetensors", "vgg11", num_classes=10)
+    for size in ((32, 32), (64, 288), (255, 225)):
+        check(backbone, model, vgg_nodes(model, "pool"), images(*size))
+
+
+@pytest.mark.parametrize(
+    ("name", "library", "size"),
+    [
+        ("resnet50", "torchvision", 224),
+        ("resnet50", "timm", 97),
+        ("resnet18", "torchvision", 112),
+        ("resnet34", "timm", 64),
+    ],
+)
+def test_resnet_equals_reference(name, library, size, tmp_path):
+    model = randomise(create(name, library))
+    backbone = carry(model, tmp_path / "w.safetensors", name)
+    check(backbone, model, RESNET_NODES, images(size))
+    check_round_trip(backbone, model, library)
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes"),
+    [
+        ("squeezenet1_0", ["features.6", "features.11", "features.12"]),
+        ("squeezenet1_1", ["features.5", "features.8", "features.12"]),
+    ],
+)
+def test_squeezenet_equals_torchvision_at_odd_and_even_sizes(name, nodes, tmp_path):
+    model = randomise(create(name, "torchvision"))
+    backbone = carry(model, tmp_path / "w.safetensors", name)
+    for size in ((224, 224), (63, 90), (61, 64)):
+        check(backbone, model, nodes, images(*size))
+    check_round_trip(backbone, model, "torchvision")
+
+
+@pytest.fixture(scope="module")
+def vit_b_16():
+    return randomise(create("vit_b16", "torchvision"))
+
+
+def test_vit_b16_block_outputs_equal_torchvision(vit_b_16, tmp_path):
+    backbone = carry(vit_b_16, tmp_path / "w.safetensors", "vit_b16")
+    nodes = [f"encoder.layers.encoder_layer_{i}" for i in (9, 10, 11)]
+    check(backbone, vit_b_16, nodes, images(224))
+
+
+def test_vit_b16_norms_equal_the_nodes_of_the_authors_code(vit_b_16, tmp_path):
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    backbone = carry(vit_b_16, tmp_path / "w.safetensors", "vit_b16", features="norm")
+    x = images(224)
+    nodes = [f"encoder.layers.encoder_layer_{i}.ln" for i in (9, 10, 11)]
+    with torch.no_grad():
+        extractor = create_feature_extractor(vit_b_16, nodes)
+        theirs = extractor(torch.from_numpy(x).permute(0, 3, 1, 2))
+    _, features = run(backbone, x)
+    for ours, node in zip(features, nodes):
+        assert_close(ours, spatial(theirs[node]))
+
+
+@pytest.mark.parametrize(("features", "suffix"), [("block", ""), ("norm", ".norm1")])
+def test_vit_ti16_equals_timm(features, suffix, tmp_path):
+    model = randomise(create("vit_ti16", "timm"))
+    backbone = carry(model, tmp_path / "w.safetensors", "vit_ti16", features=features)
+    check(backbone, model, [f"blocks.{i}{suffix}" for i in (9, 10, 11)], images(224))
+
+
+@pytest.mark.parametrize(
+    ("library", "block"),
+    [("torchvision", "encoder.layers.encoder_layer_{}"), ("timm", "blocks.{}")],
+)
+def test_free_vit_equals_reference(library, block, tmp_path):
+    model = randomise(create_free_vit(library))
+    backbone = carry(model, tmp_path / "w.safetensors", "vit", num_classes=10, **TINY_VIT)
+    check(backbone, model, [block.format(i) for i in (1, 2, 3)], images(48))
+    check_round_trip(backbone, model, library)
+
+
+@pytest.mark.parametrize(("old", "new"), [(14, 24), (14, 7), (6, 13), (7, 6), (1, 4)])
+def test_position_embeddings_are_resampled_as_timm_does(old, new):
+    import_torchvision()
+    from timm.layers import resample_abs_pos_embed
+
+    embeddings = np.random.default_rng(0).normal(size=(1, 1 + old**2, 16)).astype(np.float32)
+    theirs = resample_abs_pos_embed(torch.from_numpy(embeddings), [new, new]).numpy()
+    ours = np.asarray(resample_pos_embed(embeddings, new))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max(), rtol=0)
+
+
+def test_vit_at_another_image_size_equals_timm(tmp_path):
+    import_torchvision()
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    state = randomise(create("vit_ti16", "timm")).state_dict()
+    model = create("vit_ti16", "timm", img_size=80)
+    model.load_state_dict(checkpoint_filter_fn(dict(state), model))
+    save_file(state, tmp_path / "w.safetensors")
+    backbone = load_backbone("vit_ti16", tmp_path / "w.safetensors", image_size=80)
+    check(backbone, model, [f"blocks.{i}" for i in (9, 10, 11)], images(80))
+
+
+def test_real_squeezenet_equals_torchvision(shared):
+    path = shared / "weights" / "squeezenet1_0.safetensors"
+    model = create("squeezenet1_0", "torchvision")
+    model.load_state_dict(load_file(path))
+    check(
+        load_backbone("squeezenet1_0", path),
+        model,
+        ["features.6", "features.11", "features.12"],
+        images(224),
+    )
+
+
+def test_real_vit_equals_timm(shared):
+    from timm.models.vision_transformer import VisionTransformer
+
+    path = shared / "weights" / "vit_cifar10.safetensors"
+    model = VisionTransformer(32, 4, embed_dim=128, depth=6, num_heads=4, num_classes=10).eval()
+    model.load_state_dict(load_file(path))
+    config = {"image_size": 32, "patch_size": 4, "width": 128, "depth": 6, "num_heads": 4}
+    backbone = load_backbone("vit", path, num_classes=10, **config)
+    check(backbone, model, [f"blocks.{i}" for i in (3, 4, 5)], images(32))
