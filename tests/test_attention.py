@@ -18,9 +18,7 @@ def features(seed=0, dtype=np.float32):
 
 def mechanism(variant="ttame", **options):
     """With BatchNorm parameters and statistics that are not the trivial initial ones."""
-    attention = AttentionMechanism(
-        CHANNELS, CLASSES, variant=variant, rngs=nnx.Rngs(0), **options
-    )
+    attention = AttentionMechanism(CHANNELS, CLASSES, variant=variant, rngs=nnx.Rngs(0), **options)
     rng = np.random.default_rng(1)
     for branch in attention.branches:
         if branch.norm is not None:
@@ -115,9 +113,7 @@ def test_batch_norm_moves_its_statistics_as_pytorch_does():
     for _ in range(3):
         out = ours(jnp.asarray(x), train=True)
         expected = theirs(torch.tensor(x.transpose(0, 3, 1, 2)))
-        np.testing.assert_allclose(
-            out, expected.detach().numpy().transpose(0, 2, 3, 1), atol=1e-5
-        )
+        np.testing.assert_allclose(out, expected.detach().numpy().transpose(0, 2, 3, 1), atol=1e-5)
     np.testing.assert_allclose(ours.mean[...], theirs.running_mean, rtol=1e-5)
     np.testing.assert_allclose(ours.var[...], theirs.running_var, rtol=1e-5)
 

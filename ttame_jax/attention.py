@@ -93,18 +93,18 @@ class BatchNorm(nnx.Module):
 class FeatureBranch(nnx.Module):
     """Fig. 3(b) without its upsampling: ``ReLU(BN(Conv1x1(L)) + L)``, ``[B, H, W, C]``."""
 
-    def __init__(self, channels: int, variant: Variant, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.variant = variant
+    def __init__(self, channels: int, settings: Variant, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.settings = settings
         self.conv = conv1x1(channels, channels, dtype, rngs)
-        self.norm = BatchNorm(channels) if variant.batch_norm else None
+        self.norm = BatchNorm(channels) if settings.batch_norm else None
 
     def __call__(self, features: jax.Array, train: bool) -> jax.Array:
         x = self.conv(features)
         if self.norm is not None:
             x = self.norm(x, train)
-        if self.variant.skip:
+        if self.settings.skip:
             x = x + features.astype(x.dtype)
-        return jax.nn.sigmoid(x) if self.variant.activation == "sigmoid" else jax.nn.relu(x)
+        return jax.nn.sigmoid(x) if self.settings.activation == "sigmoid" else jax.nn.relu(x)
 
 
 class AttentionMechanism(nnx.Module):
@@ -132,6 +132,7 @@ class AttentionMechanism(nnx.Module):
     ):
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant {variant!r}: use one of {', '.join(VARIANTS)}")
+        self.variant = variant
         settings = VARIANTS[variant]
         self.first_layer = len(channels) - (settings.layers or len(channels))
         self.channels = tuple(channels[self.first_layer :])

@@ -145,7 +145,7 @@ def load_explainer(run_dir: str | Path, weights: str | None = None) -> Explainer
     """
     from ttame_jax.training.checkpoints import load_attention
     from ttame_jax.training.config import load_config
-    from ttame_jax.training.loop import build_attention, build_backbone
+    from ttame_jax.training.models import build_attention, build_backbone
 
     config = load_config(run_dir)
     if weights is not None:

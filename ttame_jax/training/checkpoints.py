@@ -74,9 +74,7 @@ class Checkpoints:
                 attention=ocp.args.StandardRestore(
                     _attention_item(state.params, state.batch_stats)
                 ),
-                optimizer=ocp.args.StandardRestore(
-                    {"step": state.step, "state": state.opt_state}
-                ),
+                optimizer=ocp.args.StandardRestore({"step": state.step, "state": state.opt_state}),
                 data=grain.checkpoint.CheckpointRestore(batches),
             ),
         )
@@ -113,9 +111,7 @@ def load_attention(run_dir: str | Path, attention: AttentionMechanism) -> int:
             step = manager.latest_step()
         if step is None:
             raise missing
-        shapes = jax.tree.map(
-            ocp.utils.to_shape_dtype_struct, _attention_item(params, batch_stats)
-        )
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _attention_item(params, batch_stats))
         items = ocp.args.Composite(attention=ocp.args.StandardRestore(shapes))
         restored = manager.restore(step, args=items).attention
     nnx.update(attention, restored["params"], restored["batch_stats"])

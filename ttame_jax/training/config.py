@@ -43,7 +43,7 @@ class TrainConfig:
     """Architecture of the attention mechanism (Table VI), or lcam."""
     masking: MaskingKind | None = None
     """How a map masks an image: pixel |E*I|, standardised E*|I|; None is the backbone's own."""
-    loss: LossConfig = LossConfig()
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     """The training loss."""
     epochs: int = 8
     """Passes over the training images."""
@@ -83,7 +83,9 @@ def load_config(run_dir: str | Path) -> TrainConfig:
     """
     path = Path(run_dir) / CONFIG_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{run_dir} is no run: {CONFIG_FILE} is missing; make one with ttame train")
+        raise FileNotFoundError(
+            f"{run_dir} is no run: {CONFIG_FILE} is missing; make one with ttame train"
+        )
     fields = json.loads(path.read_text())
     fields["output"] = Path(run_dir)
     fields["loss"] = LossConfig(**fields["loss"])

@@ -1,24 +1,20 @@
-"""The compiled training and measuring steps, data-parallel over one device mesh."""
+"""The compiled training step, data-parallel over one device mesh."""
 
 import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import Backbone
-from ttame_jax.explainer import explain
 from ttame_jax.losses import LossConfig, total_loss
 from ttame_jax.masking import MaskingKind, mask_images, upsample
-from ttame_jax.metrics.ad_ic import masked_confidences
-
-AXIS = "data"
+from ttame_jax.mesh import AXIS
 
 
 @jax.tree_util.register_dataclass
@@ -30,26 +26,6 @@ class TrainState:
     params: nnx.State  # of the attention mechanism
     batch_stats: nnx.State  # its BatchNorms' running statistics
     opt_state: optax.OptState
-
-
-def data_mesh() -> Mesh:
-    """One axis over every device of every process."""
-    return Mesh(np.array(jax.devices()), (AXIS,))
-
-
-def replicate(tree, mesh: Mesh):
-    """The same arrays on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
-
-
-def shard_batch(batch: np.ndarray, mesh: Mesh) -> jax.Array:
-    """This process's part ``[b, ...]`` of a global batch, spread over its devices."""
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXIS)), batch)
-
-
-def to_unit_range(images: jax.Array) -> jax.Array:
-    """uint8 images to float32 in [0, 1]."""
-    return images.astype(jnp.float32) / 255
 
 
 def initial_state(
@@ -95,12 +71,10 @@ def make_train_step(
         return loss, ({"loss": loss, **terms}, nnx.state(mechanism, nnx.BatchStat))
 
     def local_step(state: TrainState, backbone_state, images):
-        images = to_unit_range(images)
+        images = images.astype(jnp.float32) / 255
         # Marked as differing between devices, so that the gradient is the device's own and
         # crosses devices once, in the mean below.
-        params, batch_stats = jax.lax.pcast(
-            (state.params, state.batch_stats), AXIS, to="varying"
-        )
+        params, batch_stats = jax.lax.pcast((state.params, state.batch_stats), AXIS, to="varying")
         gradient = jax.grad(loss_fn, has_aux=True)
         grads, aux = gradient(params, batch_stats, backbone_state, images)
         grads, (metrics, batch_stats) = jax.lax.pmean((grads, aux), AXIS)
@@ -108,40 +82,5 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
-    step = jax.shard_map(
-        local_step, mesh=mesh, in_specs=(P(), P(), P(AXIS)), out_specs=(P(), P())
-    )
+    step = jax.shard_map(local_step, mesh=mesh, in_specs=(P(), P(), P(AXIS)), out_specs=(P(), P()))
     return jax.jit(step, donate_argnums=0)
-
-
-def make_measure_step(
-    backbone: Backbone, attention: AttentionMechanism, mesh: Mesh, masking: MaskingKind
-) -> Callable:
-    """Compiles the measuring of T-TAME's own maps by AD and IC.
-
-    Returns:
-      ``measure(backbone_state, attention_state, images) -> (confidences [B], masked [B, P])``,
-      with images as for the training step.
-    """
-    backbone_graph, attention_graph = nnx.graphdef(backbone), nnx.graphdef(attention)
-
-    def local_measure(backbone_state, attention_state, images):
-        classify = nnx.merge(backbone_graph, backbone_state)
-        mechanism = nnx.merge(attention_graph, attention_state)
-        images = to_unit_range(images)
-        explanation = explain(classify, mechanism, images, None)
-        masked = masked_confidences(
-            lambda standardised: jax.nn.softmax(classify(standardised)[0]),
-            images,
-            explanation.maps[:, 0],
-            explanation.classes[:, 0],
-            classify.preprocessing,
-            masking,
-        )
-        return explanation.probabilities[:, 0], masked
-
-    return jax.jit(
-        jax.shard_map(
-            local_measure, mesh=mesh, in_specs=(P(), P(), P(AXIS)), out_specs=P(AXIS)
-        )
-    )

@@ -1,0 +1,1 @@
+"""Presets of `ttame train`, one backbone a file: each says what differs from the defaults."""

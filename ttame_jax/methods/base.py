@@ -1,0 +1,35 @@
+"""The one interface of every explanation method."""
+
+import jax
+from flax import nnx
+
+from ttame_jax.backbones import Backbone
+
+
+class Method(nnx.Module):
+    """Explains a backbone's decisions: ``(images, classes) -> maps``.
+
+    A pure function of its arguments and of the arrays it holds, so that it can run inside a
+    compiled step; ``nnx.split`` tells the two apart.
+
+    Attributes:
+      name: as on the command line.
+      backbone: the classifier it explains.
+    """
+
+    name: str
+
+    def __init__(self, backbone: Backbone):
+        self.backbone = backbone
+
+    def __call__(self, images: jax.Array, classes: jax.Array) -> jax.Array:
+        """Images ``[B, H, W, 3]`` in [0, 1], classes ``[B, K]`` -> maps ``[B, K, h, w]``.
+
+        Maps are float32 in [0, 1], at the resolution the method works in.
+        """
+        raise NotImplementedError
+
+    @property
+    def forward_passes(self) -> int:
+        """Of the backbone, for one explanation (FP in the paper's tables)."""
+        raise NotImplementedError
