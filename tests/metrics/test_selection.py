@@ -21,8 +21,12 @@ def test_constant_map_keeps_its_first_pixels():
 
 def test_tie_at_the_threshold_is_broken_by_pixel_index():
     maps = np.array([[[0.0, 0.5, 0.5], [1.0, 0.5, -0.0]]], np.float32)
-    np.testing.assert_array_equal(top_mask(maps, 50)[0], [[False, True, True], [True, False, False]])
-    np.testing.assert_array_equal(top_mask(-maps, 34)[0], [[True, False, False], [False, False, True]])
+    np.testing.assert_array_equal(
+        top_mask(maps, 50)[0], [[False, True, True], [True, False, False]]
+    )
+    np.testing.assert_array_equal(
+        top_mask(-maps, 34)[0], [[True, False, False], [False, False, True]]
+    )
 
 
 @pytest.mark.parametrize("levels", [2, 16, 10**6])

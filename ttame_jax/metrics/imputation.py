@@ -1,0 +1,264 @@
+"""Noisy linear imputation: removed pixels become the weighted mean of their neighbours.
+
+Rong et al., "A Consistent and Efficient Evaluation Strategy for Attribution Methods" (ROAD),
+ICML 2022. The weights are 1/6 for the four direct neighbours and 1/12 for the four diagonal
+ones, as if the image ended at its border: weights are renormalised there.
+
+Every removed pixel i gives one equation, `(sum_j w_ij) x_i - sum_j w_ij x_j = 0` over its
+neighbours j inside the image. Since w_ij = w_ji, this is a weighted graph Laplacian with the
+known pixels as boundary values: symmetric and positive definite as soon as one pixel is known.
+It is solved by conjugate gradients with a multigrid V-cycle as preconditioner, all images of a
+batch at once. Weights are kept times 12, as the integers 1 and 2: then rounding in float32 is
+without bias, and a bias is what a large hole would amplify.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+RESIDUAL = 1e-5
+"""Largest relative residual of an imputed image, see `relative_residual`."""
+
+TOLERANCE = RESIDUAL / 2  # of the solver: the other half is for rounding
+MAX_ITERATIONS = 50  # 4 to 8 are enough for 224 x 224 pixels
+
+# Weights (times 12) of the neighbours at [row + 1, column + 1]; 0 for the pixel itself.
+WEIGHTS = ((1, 2, 1), (2, 0, 2), (1, 2, 1))
+
+Fields = list[list[jax.Array]]
+"""A 3 x 3 stencil that varies in space: [row + 1][column + 1] -> coefficients [B, 1, H, W]."""
+
+
+def noisy_linear_imputation(
+    images: jax.Array, removed: jax.Array, key: jax.Array | None = None, noise: float = 0.01
+) -> jax.Array:
+    """Images with their removed pixels imputed from the known ones, plus Gaussian noise.
+
+    Args:
+      images: `[B, H, W, C]`, standardised. Values at removed pixels are not used.
+      removed: bool `[B, H, W]`, True at pixels to impute.
+      key: a typed key, or one per image `[B]` (then the noise of an image does not depend on its
+        batch); None for no noise.
+      noise: standard deviation of the noise, in units of `images`, on removed pixels only.
+
+    Returns:
+      float32 `[B, H, W, C]`; known pixels are unchanged. Before noise, `relative_residual` is at
+      most `RESIDUAL`. An image without known pixels becomes 0: the mean colour of the data set.
+
+    Raises:
+      ValueError: `removed` is not bool or does not fit `images`.
+    """
+    _check(images, removed)
+    images = images.astype(jnp.float32)
+    values = jnp.where(removed[..., None], 0, images)  # also drops NaN from removed pixels
+    known = 1 - removed[..., None].astype(jnp.float32)
+    # Solving for the difference from the known pixels' mean keeps rounding relative to contrast.
+    mean = values.sum((1, 2), keepdims=True) / jnp.maximum(known.sum((1, 2), keepdims=True), 1)
+    solution = mean + _to_nhwc(
+        _solve(_to_nchw(values), _to_nchw(known * (values - mean)), 1 - _to_nchw(known))
+    )
+    if key is not None:
+        keys = jax.random.split(key, len(images)) if key.ndim == 0 else key
+        normal = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(keys)
+        solution = solution + noise * normal
+    return jnp.where(removed[..., None], solution, images)
+
+
+def relative_residual(images: jax.Array, removed: jax.Array) -> jax.Array:
+    """How far imputed images `[B, H, W, C]` without noise are from solving their equations.
+
+    The 2-norm of the residual over that of the right-hand side (what known pixels contribute),
+    the largest of the channels: `[B]`. Raises ValueError as `noisy_linear_imputation` does.
+    """
+    _check(images, removed)
+    free = _to_nchw(removed[..., None].astype(jnp.float32))
+    images = _to_nchw(images.astype(jnp.float32))
+    right = free * _neighbour_sum((1 - free) * images)
+    residual = right - _laplacian(free)(free * images)
+    return jnp.sqrt(_ratio(_dot(residual, residual), _dot(right, right))).max((1, 2, 3))
+
+
+def _check(images, removed):
+    if removed.dtype != bool or removed.shape != images.shape[:3]:
+        raise ValueError(
+            f"removed must be bool [B, H, W] for images [B, H, W, C]: got {removed.dtype} "
+            f"{removed.shape} for {images.shape}"
+        )
+
+
+# Below, arrays are [B, C, H, W]: rows of pixels are contiguous, and the stencils (C = 1)
+# broadcast over the channels. All grids are treated as zero outside.
+
+
+def _solve(values: jax.Array, centred: jax.Array, free: jax.Array) -> jax.Array:
+    """Preconditioned conjugate gradients, one system per image and channel.
+
+    `values` and `centred` hold the known pixels (0 elsewhere), as they are and without their
+    mean; `free` is 1 at removed pixels. A system that has converged is left as it is while others
+    go on, so that a result does not depend on the rest of the batch.
+    """
+    levels = _hierarchy(free)
+    apply = levels[0].apply
+    right = free * _neighbour_sum(values)
+    target = TOLERANCE**2 * _dot(right, right)
+
+    def unfinished(state):
+        step, _, residual, _, _ = state
+        return (step < MAX_ITERATIONS) & jnp.any(_dot(residual, residual) > target)
+
+    def iterate(state):
+        step, x, residual, direction, previous = state
+        correction = _v_cycle(levels, residual)
+        current = _dot(residual, correction)
+        direction = correction + _ratio(current, previous) * direction
+        image = apply(direction)
+        length = _ratio(current, _dot(direction, image))
+        length = jnp.where(_dot(residual, residual) > target, length, 0)
+        return step + 1, x + length * direction, residual - length * image, direction, current
+
+    residual = free * _neighbour_sum(centred)
+    zero = jnp.zeros_like(residual)
+    state = (0, zero, residual, zero, jnp.zeros_like(target))
+    return lax.while_loop(unfinished, iterate, state)[1]
+
+
+class Level(NamedTuple):
+    """One grid of the hierarchy."""
+
+    apply: Callable[[jax.Array], jax.Array]  # x -> A x, [B, C, H, W]
+    relax: jax.Array  # [B, 1, H, W]: factors of a Jacobi sweep; 0 where nothing is unknown
+
+
+def _hierarchy(free: jax.Array) -> Sequence[Level]:
+    """Grids from the image down to 3 x 3, each the Galerkin projection of the one before."""
+    weights_inside = _neighbour_sum(jnp.ones_like(free))
+    fields = [
+        [-weight * free * shifted for weight, shifted in zip(*row)]
+        for row in zip(WEIGHTS, _shifts(free))
+    ]
+    fields[1][1] = free * weights_inside
+    levels = [Level(_laplacian(free), _relaxation(fields))]
+    while max(fields[1][1].shape[2:]) > 3:
+        by_rows = [_galerkin(*column, axis=2) for column in zip(*fields)]  # [column][row]
+        fields = [_galerkin(*row, axis=3) for row in zip(*by_rows)]
+        levels.append(Level(_stencil(fields), _relaxation(fields)))
+    return levels
+
+
+def _v_cycle(levels: Sequence[Level], residual: jax.Array) -> jax.Array:
+    """Approximate solution of `A x = residual`: symmetric in `residual`, positive definite."""
+    apply, relax = levels[0]
+    x = relax * residual
+    if len(levels) == 1:
+        for _ in range(8):
+            x = x + relax * (residual - apply(x))
+        return x
+    coarse = _v_cycle(levels[1:], _restrict(_restrict(residual - apply(x), 2), 3))
+    height, width = residual.shape[2:]
+    x = x + jnp.where(relax > 0, _prolong(_prolong(coarse, 2, height), 3, width), 0)
+    return x + relax * (residual - apply(x))
+
+
+def _relaxation(fields: Fields) -> jax.Array:
+    """1 / d with 2 d >= 2 / 1.8 * sum_j |a_ij|, for which Jacobi sweeps always converge.
+
+    Without the sum, coarse grids around isolated pixels diverge; above the diagonal, it is the
+    usual damping (0.9) of the smoother.
+    """
+    diagonal = fields[1][1]
+    total = sum(jnp.abs(field) for row in fields for field in row)
+    return _ratio(jnp.ones_like(diagonal), jnp.maximum(diagonal, total / 1.8))
+
+
+def _laplacian(free: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """A of the image's own grid; expects (and gives) 0 at known pixels."""
+    diagonal = free * _neighbour_sum(jnp.ones_like(free))
+    return lambda x: diagonal * x - free * _neighbour_sum(x)
+
+
+def _stencil(fields: Fields) -> Callable[[jax.Array], jax.Array]:
+    def apply(x):
+        terms = (f * s for row in zip(fields, _shifts(x)) for f, s in zip(*row))
+        return sum(terms)
+
+    return apply
+
+
+def _neighbour_sum(x: jax.Array) -> jax.Array:
+    """Sum of the eight neighbours, times `WEIGHTS`."""
+    (nw, n, ne), (w, _, e), (sw, s, se) = _shifts(x)
+    return ((nw + ne) + (sw + se)) + 2 * ((n + s) + (w + e))
+
+
+def _shifts(x: jax.Array) -> list[list[jax.Array]]:
+    """x at [row + i, column + j] for i, j = -1, 0, 1."""
+    height, width = x.shape[2:]
+    padded = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    return [[padded[:, :, i : i + height, j : j + width] for j in range(3)] for i in range(3)]
+
+
+# Between grids, one axis at a time. Coarse point k sits on fine point 2k; n fine points have
+# n // 2 + 1 coarse ones, so that every fine point lies between two. Interpolation is linear.
+
+
+def _around(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Fine values before, at and after each coarse point."""
+    n = x.shape[axis]
+    coarse = n // 2 + 1
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (1, 2 * coarse - n)
+    padded = jnp.pad(x, padding)
+    return tuple(
+        lax.slice_in_dim(padded, start, start + 2 * coarse - 1, stride=2, axis=axis)
+        for start in range(3)
+    )
+
+
+def _restrict(x: jax.Array, axis: int) -> jax.Array:
+    """The transpose of `_prolong`."""
+    before, at, after = _around(x, axis)
+    return at + 0.5 * (before + after)
+
+
+def _prolong(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """Linear interpolation to `size` fine points."""
+    following = lax.slice_in_dim(x, 1, None, axis=axis)
+    preceding = lax.slice_in_dim(x, 0, -1, axis=axis)
+    last = lax.slice_in_dim(x, -1, None, axis=axis)
+    between = lax.concatenate([0.5 * (preceding + following), last], axis)  # last: never kept
+    pairs = jnp.stack([x, between], axis + 1)
+    shape = x.shape[:axis] + (2 * x.shape[axis],) + x.shape[axis + 1 :]
+    return lax.slice_in_dim(pairs.reshape(shape), 0, size, axis=axis)
+
+
+def _galerkin(lower: jax.Array, centre: jax.Array, upper: jax.Array, axis: int) -> list[jax.Array]:
+    """Coefficients (to point - 1, itself, + 1) of P' A P, for P = `_prolong` along the axis."""
+    l_before, l_at, l_after = _around(lower, axis)
+    c_before, c_at, c_after = _around(centre, axis)
+    u_before, u_at, u_after = _around(upper, axis)
+    return [
+        0.5 * (l_before + l_at) + 0.25 * c_before,
+        c_at + 0.25 * (c_before + c_after) + 0.5 * ((l_at + l_after) + (u_before + u_at)),
+        0.5 * (u_at + u_after) + 0.25 * c_after,
+    ]
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Per image and channel: [B, C, 1, 1]."""
+    return jnp.sum(a * b, axis=(2, 3), keepdims=True)
+
+
+def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a / b, and 0 where b is not positive."""
+    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
+
+
+def _to_nchw(x: jax.Array) -> jax.Array:
+    return x.transpose(0, 3, 1, 2)
+
+
+def _to_nhwc(x: jax.Array) -> jax.Array:
+    return x.transpose(0, 2, 3, 1)
