@@ -11,8 +11,14 @@ Nothing in here, nor in the worker processes, touches JAX's devices.
 
 from __future__ import annotations
 
+import atexit
 import functools
+import multiprocessing
+import os
+import sys
+import threading
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -29,6 +35,14 @@ if TYPE_CHECKING:
 _PREFETCH = 2  # batches made ahead, by each worker process or in-process by threads
 _MAX_UNREADABLE = 0.01  # share of the images seen
 _ENOUGH_SEEN = 100  # images before that share is judged
+
+_open_batches = weakref.WeakSet()
+
+
+@atexit.register  # Grain's own clean-up fails noisily once the interpreter is being taken down
+def _close_all():
+    for batches in list(_open_batches):
+        batches.close()
 
 
 def train_batches(
@@ -120,6 +134,7 @@ class Batches(grain.DatasetIterator):
         self._ahead = None  # Grain's iterator, which makes batches ahead from `_taken` on
         self._seen = self._unreadable = 0
         self._warned = set()
+        _open_batches.add(self)
 
     def __len__(self) -> int:
         """Returns the number of batches in all; training has no end (sys.maxsize)."""
@@ -131,7 +146,7 @@ class Batches(grain.DatasetIterator):
         batch = next(self._ahead)
         self._taken += 1
         self._check(batch["index"], batch.pop("unreadable"))
-        return batch
+        return {name: np.array(value) for name, value in batch.items()}  # off shared memory
 
     def get_state(self) -> dict[str, int]:
         return {"batches": self._taken}
@@ -174,8 +189,25 @@ def _iterate(dataset: grain.MapDataset, workers: int) -> grain.DatasetIterator:
         flags.FLAGS.mark_as_parsed()
     threads = 1 if workers else _PREFETCH
     batches = dataset.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=_PREFETCH))
-    options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=_PREFETCH)
-    return iter(batches.mp_prefetch(options))
+    # Only images are worth a block of shared memory of their own.
+    options = grain.experimental.DatasetOptions(min_shm_size=2**16)
+    batches = grain.experimental.WithOptionsIterDataset(batches, options)
+    return iter(
+        batches.mp_prefetch(
+            grain.MultiprocessingOptions(workers, per_worker_buffer_size=_PREFETCH),
+            worker_init_fn=_end_with_parent,
+        )
+    )
+
+
+def _end_with_parent(worker_index: int, worker_count: int):
+    """Ends this worker when its parent dies, even by SIGKILL: Grain's would wait for ever."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _load_for_training(
