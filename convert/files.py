@@ -10,8 +10,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ttame_jax.files import write_atomically
-
 INSTALL = "pip install 'ttame-jax[convert]'"
 
 Tensors = dict[str, np.ndarray]
@@ -33,6 +31,9 @@ def read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 def write_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
     """Writes the file whole or not at all."""
+    # Here, because ttame_jax itself imports this module.
+    from ttame_jax.files import write_atomically
+
     write_atomically(path, save(tensors, metadata))
 
 

@@ -1,0 +1,296 @@
+"""Where weights come from: files, the cache, torchvision, timm's hub."""
+
+import json
+import os
+import pickle
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from convert.weights import parameters, to_torch
+from ttame_jax.backbones import Preprocessing, load_backbone, save_backbone
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TTAME_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone("digits_cnn", seed=5)
+
+
+@pytest.fixture
+def without_torch(monkeypatch):
+    """From the call on, torch, torchvision and timm cannot be imported."""
+
+    def block():
+        for name in ("torch", "torchvision", "timm"):
+            monkeypatch.setitem(sys.modules, name, None)
+
+    return block
+
+
+def torch_state(backbone):
+    return {key: torch.tensor(v) for key, v in to_torch(backbone, "torchvision").items()}
+
+
+def assert_equal(ours, theirs):
+    ours, theirs = parameters(ours), parameters(theirs)
+    assert ours.keys() == theirs.keys()
+    for path, value in theirs.items():
+        np.testing.assert_array_equal(ours[path], value)
+
+
+def test_our_own_file_gives_back_backbone_and_config(tmp_path):
+    preprocessing = Preprocessing(16, 20, "bicubic", (0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+    backbone = load_backbone(
+        "vit",
+        patch_size=4,
+        width=8,
+        depth=2,
+        num_heads=2,
+        num_classes=3,
+        preprocessing=preprocessing,
+    )
+    save_backbone(backbone, tmp_path / "own.safetensors")
+    again = load_backbone("vit", tmp_path / "own.safetensors")
+    assert again.config == backbone.config
+    assert again.preprocessing == preprocessing and hash(again.preprocessing)
+    assert_equal(again, backbone)
+    assert os.listdir(tmp_path) == ["own.safetensors"]
+
+
+def test_a_callers_option_overrides_the_files(tmp_path, backbone):
+    save_backbone(backbone, tmp_path / "own.safetensors")
+    again = load_backbone("digits_cnn", tmp_path / "own.safetensors", image_size=96)
+    assert again.preprocessing.image_size == 96
+    with pytest.raises(ValueError, match="head|fc.*10"):
+        load_backbone("digits_cnn", tmp_path / "own.safetensors", num_classes=11)
+
+
+def test_our_own_file_of_another_backbone_is_refused(tmp_path, backbone):
+    save_backbone(backbone, tmp_path / "own.safetensors")
+    with pytest.raises(ValueError, match="own.safetensors holds a digits_cnn, not a resnet18"):
+        load_backbone("resnet18", tmp_path / "own.safetensors")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt"])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+def test_pth_files_are_read_plain_or_wrapped(tmp_path, backbone, suffix, wrapper):
+    state = torch_state(backbone)
+    path = tmp_path / f"w{suffix}"
+    torch.save({wrapper: state, "epoch": 3} if wrapper else state, path)
+    assert_equal(load_backbone("digits_cnn", path), backbone)
+
+
+def test_a_pth_file_in_bfloat16_is_widened(tmp_path, backbone):
+    torch.save({k: v.bfloat16() for k, v in torch_state(backbone).items()}, tmp_path / "w.pth")
+    ours = parameters(load_backbone("digits_cnn", tmp_path / "w.pth"))["fc.kernel"]
+    expected = torch_state(backbone)["fc.weight"].bfloat16().float().numpy().T
+    assert ours.dtype == np.float32
+    np.testing.assert_array_equal(ours, expected)
+
+
+def test_torch_is_needed_once(tmp_path, backbone, cache, without_torch):
+    path = tmp_path / "w.pth"
+    torch.save(torch_state(backbone), path)
+    load_backbone("digits_cnn", path)
+    (cached,) = cache.glob("pth/*")
+    assert cached.suffix == ".safetensors"
+    path.rename(tmp_path / "moved.pth")  # it is found by content, not by name
+    without_torch()
+    assert_equal(load_backbone("digits_cnn", tmp_path / "moved.pth"), backbone)
+
+
+def test_the_cache_follows_the_content(tmp_path, backbone):
+    path = tmp_path / "w.pth"
+    for seed in (1, 2):
+        other = load_backbone("digits_cnn", seed=seed)
+        torch.save(torch_state(other), path)
+        assert_equal(load_backbone("digits_cnn", path), other)
+
+
+def test_without_torch_a_pth_file_says_what_to_install(tmp_path, backbone, without_torch):
+    torch.save(torch_state(backbone), tmp_path / "w.pth")
+    without_torch()
+    with pytest.raises(
+        ImportError, match=r"needs PyTorch once: pip install 'ttame-jax\[convert\]'"
+    ):
+        load_backbone("digits_cnn", tmp_path / "w.pth")
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize(
+    "save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))]
+)
+def test_a_pickle_is_never_run(tmp_path, cache, save):
+    save({"fc.weight": Malicious(tmp_path / "harm")}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="w.pth is not a plain state dict of tensors") as error:
+        load_backbone("digits_cnn", tmp_path / "w.pth")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "harm").exists() and not cache.exists()
+
+
+@pytest.mark.parametrize("content", [{"epoch": 3}, [1, 2], torch.zeros(3)])
+def test_a_pth_file_without_a_state_dict_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="not a plain state dict of tensors, nor has it one under"):
+        load_backbone("digits_cnn", tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_damaged_file_is_refused_in_one_line(tmp_path, suffix):
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(b"damaged" * 20)
+    with pytest.raises(ValueError, match=f"w{suffix} is not a") as error:
+        load_backbone("digits_cnn", path)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_weights_file_is_refused(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match="no weights file nowhere.pth; weights are a file, "
+    ):
+        load_backbone("digits_cnn", "nowhere.pth")
+    (tmp_path / "w.npz").touch()
+    with pytest.raises(ValueError, match="w.npz is no weights file: .safetensors, .pth and .pt"):
+        load_backbone("digits_cnn", tmp_path / "w.npz")
+
+
+def test_the_cache_is_in_the_users_cache_folder(monkeypatch, tmp_path):
+    from convert.files import cache_dir
+
+    monkeypatch.delenv("TTAME_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / "ttame_jax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / ".cache" / "ttame_jax"
+
+
+@pytest.fixture
+def torchvision_download(monkeypatch):
+    """Puts a local state dict, or an error, in place of torchvision's download."""
+
+    def place(result):
+        def download(*args, **kwargs):
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download)
+
+    from convert.torch_import import import_torchvision
+
+    import_torchvision()
+    return place
+
+
+def test_torchvisions_weights_are_fetched_once(torchvision_download, without_torch):
+    model = load_backbone("squeezenet1_1", seed=2)
+    torchvision_download(torch_state(model))
+    assert_equal(load_backbone("squeezenet1_1", "torchvision"), model)
+    without_torch()
+    assert_equal(load_backbone("squeezenet1_1", "torchvision"), model)
+
+
+def test_torchvisions_weights_out_of_reach(torchvision_download, without_torch, cache):
+    torchvision_download(OSError("no route"))
+    line = r"cannot download https://.*vgg16-\w+.pth \(no route\); .* pass --weights FILE"
+    with pytest.raises(FileNotFoundError, match=line):
+        load_backbone("vgg16", "torchvision")
+    without_torch()
+    with pytest.raises(ImportError, match=r"vgg16 need torchvision once: pip install 'ttame-jax"):
+        load_backbone("vgg16", "torchvision")
+    with pytest.raises(ValueError, match="torchvision has no weights for vit_s16; it has them for"):
+        load_backbone("vit_s16", "torchvision")
+    assert not cache.exists()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An offline Hugging Face hub whose local cache holds the models that are added to it."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def add(model, card, tensors):
+        folder = tmp_path / "hub" / f"models--timm--{model}"
+        snapshot = folder / "snapshots" / "abc"
+        snapshot.mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("abc")
+        (snapshot / "config.json").write_text(json.dumps(card))
+        save_file(tensors, snapshot / "model.safetensors")
+
+    return add
+
+
+CARD = {
+    "architecture": "vit_tiny_patch16_224",
+    "num_classes": 7,
+    "pretrained_cfg": {
+        "input_size": [3, 224, 224],
+        "interpolation": "bicubic",
+        "crop_pct": 0.9,
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.4, 0.5],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "weights",
+    ["timm", "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k", "timm:vit_tiny_patch16_224"],
+)
+def test_timms_weights_come_with_classes_and_preprocessing(hub, weights):
+    model = load_backbone("vit_ti16", num_classes=7)
+    hub("vit_tiny_patch16_224.augreg_in21k_ft_in1k", CARD, to_torch(model, "timm"))
+    backbone = load_backbone("vit_ti16", weights)
+    assert_equal(backbone, model)
+    expected = Preprocessing(224, 248, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.4, 0.5))
+    assert backbone.preprocessing == expected
+
+
+def test_timms_hub_needs_neither_torch_nor_timm(hub, without_torch):
+    model = load_backbone("vit_ti16", num_classes=7)
+    hub("vit_tiny_patch16_224.augreg_in21k_ft_in1k", CARD, to_torch(model, "timm"))
+    without_torch()
+    assert_equal(load_backbone("vit_ti16", "timm"), model)
+    with pytest.raises(ValueError, match="needs its tag, as in timm:vit_base_patch16_224.augreg2"):
+        load_backbone("vit_ti16", "timm:vit_tiny_patch16_224")
+
+
+def test_timms_weights_out_of_reach(hub):
+    line = (
+        r"cannot download timm/resnet50.a1_in1k from the Hugging Face hub \(.*pass --weights FILE"
+    )
+    with pytest.raises(FileNotFoundError, match=line) as error:
+        load_backbone("resnet50", "timm")
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="timm has no weights for squeezenet1_0; it has them for"):
+        load_backbone("squeezenet1_0", "timm")
+    with pytest.raises(ValueError, match="timm has no pretrained model 'resnet5'"):
+        load_backbone("resnet50", "timm:resnet5")
+
+
+def test_saved_tensors_are_readable_by_their_path(tmp_path, backbone):
+    save_backbone(backbone, tmp_path / "own.safetensors")
+    tensors = load_file(tmp_path / "own.safetensors")
+    assert tensors["layers.1.0.downsample.conv.kernel"].shape == (1, 1, 16, 32)
+    assert tensors.keys() == parameters(backbone).keys()

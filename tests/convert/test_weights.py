@@ -1,0 +1,146 @@
+"""Weights that fit, and every way in which they may not."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+
+from convert.layouts import LAYOUTS
+from convert.weights import parameters, to_flax, to_torch
+from ttame_jax.backbones import load_backbone
+
+VIT = {"image_size": 32, "patch_size": 8, "width": 24, "depth": 2, "num_heads": 3}
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone("digits_cnn")
+
+
+@pytest.fixture
+def state(backbone):
+    return to_torch(backbone, "torchvision")
+
+
+def assert_same(tensors, backbone):
+    values = parameters(backbone)
+    assert tensors.keys() == values.keys()
+    for path, value in values.items():
+        np.testing.assert_array_equal(tensors[path], value)
+
+
+def refused(backbone, state):
+    with pytest.raises(ValueError) as error:
+        to_flax(backbone, state, "FILE")
+    line = str(error.value)
+    assert line.startswith(f"FILE does not fit {backbone.name}: ") and "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model."])
+def test_wrapper_prefixes_are_dropped(backbone, state, prefix):
+    assert_same(to_flax(backbone, {prefix + key: v for key, v in state.items()}), backbone)
+
+
+def test_training_counters_may_be_missing(backbone, state):
+    counters = [key for key in state if key.endswith("num_batches_tracked")]
+    assert counters
+    assert_same(to_flax(backbone, {k: v for k, v in state.items() if k not in counters}), backbone)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_is_widened(backbone, state, dtype):
+    halves = {key: value.astype(dtype) for key, value in state.items()}
+    tensors = to_flax(backbone, halves)
+    assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(np.float32)}
+    expected = state["fc.weight"].astype(dtype).astype(np.float32).T
+    np.testing.assert_array_equal(tensors["fc.kernel"], expected)
+
+
+def test_missing_tensors_are_named(backbone, state):
+    del state["layer2.0.conv1.weight"], state["fc.bias"]
+    assert refused(backbone, state).endswith("it lacks layer2.0.conv1.weight, fc.bias")
+
+
+def test_unknown_tensors_are_named(backbone, state):
+    state["layer2.1.conv1.weight"] = state["fc.bias"]
+    assert refused(backbone, state).endswith("it has unknown layer2.1.conv1.weight")
+
+
+def test_an_unknown_counter_is_an_unknown_tensor(backbone, state):
+    state["layer9.0.bn1.num_batches_tracked"] = np.zeros((), np.int64)
+    assert "unknown layer9.0.bn1.num_batches_tracked" in refused(backbone, state)
+
+
+def test_a_misshapen_tensor_is_named_with_both_shapes(backbone, state):
+    state["layer2.0.conv1.weight"] = np.zeros((32, 16, 5, 3), np.float32)
+    line = refused(backbone, state)
+    assert line.endswith("layer2.0.conv1.weight has shape [32, 16, 5, 3], needed is [32, 16, 3, 3]")
+
+
+@pytest.mark.parametrize("shape", [(10,), (), (128, 10, 1)])
+def test_a_tensor_of_another_rank_is_named(backbone, state, shape):
+    state["fc.weight"] = np.zeros(shape, np.float32)
+    assert f"fc.weight has shape {list(shape)}, needed is [10, 128]" in refused(backbone, state)
+
+
+def test_another_class_count_is_hinted_at(backbone, state):
+    state["fc.weight"], state["fc.bias"] = np.zeros((37, 128)), np.zeros(37)
+    assert refused(backbone, state).endswith("for a classifier of 37 classes pass num_classes=37")
+
+
+def test_another_architecture_altogether_is_refused(backbone):
+    assert "no tensor of it is known (a, b)" in refused(backbone, dict.fromkeys("ab", np.zeros(1)))
+
+
+def test_a_bare_position_embedding_is_refused():
+    backbone = load_backbone("vit", **VIT)
+    state = to_torch(backbone, "timm")
+    for shape in ((1, 8, 24), (17, 24), (2, 17, 24), (1, 0, 24)):
+        state["pos_embed"] = np.zeros(shape, np.float32)
+        assert f"pos_embed has shape {list(shape)}, needed is [1, 17, 24]" in refused(
+            backbone, state
+        )
+
+
+def test_torchvisions_first_names_of_the_mlp_are_known():
+    backbone = load_backbone("vit", **VIT)
+    state = {
+        key.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): value
+        for key, value in to_torch(backbone, "torchvision").items()
+    }
+    assert "encoder.layers.encoder_layer_1.mlp.linear_2.bias" in state
+    assert_same(to_flax(backbone, state), backbone)
+
+
+def test_a_family_without_that_layout_says_so():
+    backbone = nnx.eval_shape(lambda: load_backbone("squeezenet1_1"))
+    with pytest.raises(ValueError, match="squeezenet1_1 has no layout 'timm', only torchvision"):
+        to_torch(backbone, "timm")
+
+
+def test_every_published_variant_has_the_tensors_of_the_real_module():
+    torch = pytest.importorskip("torch")
+    import jax
+
+    from convert.pretrained import TIMM, TORCHVISION
+    from convert.torch_import import import_torchvision
+
+    torchvision = import_torchvision()
+    timm = pytest.importorskip("timm")
+    for layout, models in (("torchvision", TORCHVISION), ("timm", TIMM)):
+        for name, model in models.items():
+            with torch.device("meta"):
+                if layout == "torchvision":
+                    module = torchvision.models.get_model(model)
+                else:
+                    module = timm.create_model(model.partition(".")[0])
+            backbone = nnx.eval_shape(lambda name=name: load_backbone(name))
+            values = parameters(backbone)
+            ours = {
+                key: () if path is None else jax.eval_shape(crossing.to_torch, values[path]).shape
+                for key, path, crossing in LAYOUTS[type(backbone).__name__][layout](backbone)
+            }
+            assert ours == {key: tuple(v.shape) for key, v in module.state_dict().items()}, name
+            paths = [p for _, p, _ in LAYOUTS[type(backbone).__name__][layout](backbone) if p]
+            assert sorted(paths) == sorted(values)
