@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
+from ttame_jax.data import digits  # noqa: F401  registers the builder with TFDS
+
 _STAND_INS = {"validation": ("validation", "val", "test")}
 _SPLIT_FOLDERS = ("train", "validation", "val", "test")
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
