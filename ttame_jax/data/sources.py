@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
-from ttame_jax.data import digits  # noqa: F401  registers the builder with TFDS
+from ttame_jax.data.digits import Digits  # importing it registers it with TFDS
 
 _STAND_INS = {"validation": ("validation", "val", "test")}
 _SPLIT_FOLDERS = ("train", "validation", "val", "test")
@@ -84,10 +84,10 @@ class TfdsSource(Source):
 
     def __init__(self, dataset: str, split: str, data_dir: str | Path | None = None):
         builder = _builder(dataset, data_dir)
-        splits = builder.info.splits
-        if not splits and dataset.partition(":")[0] == "digits":
+        if isinstance(builder, Digits) and not builder.info.splits:
+            builder = _builder(dataset, data_dir, file_format="array_record")
             builder.download_and_prepare()
-            splits = builder.info.splits
+        splits = builder.info.splits
         if not splits:
             raise FileNotFoundError(
                 f"{dataset} is not prepared in {builder.data_dir}; run: "
