@@ -47,7 +47,7 @@ def to_flax(backbone, tensors: Mapping[str, np.ndarray], source: str = "weights"
     Raises:
       ValueError: naming the tensors that are missing, left over or of another shape.
     """
-    tensors = _plain_keys(tensors)
+    tensors = _plain_keys(tensors, source)
     needed = parameters(backbone)
     table = _recognise(backbone, needed, tensors, source)
     known = {entry.torch_key for entry in table}
@@ -69,11 +69,15 @@ def to_flax(backbone, tensors: Mapping[str, np.ndarray], source: str = "weights"
     }
 
 
-def _plain_keys(tensors: Mapping[str, np.ndarray]) -> Tensors:
+def _plain_keys(tensors: Mapping[str, np.ndarray], source: str) -> Tensors:
     for prefix in ("module.", "model."):
         if tensors and all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return {current_key(key): value for key, value in tensors.items()}
+    plain = {current_key(key): value for key, value in tensors.items()}
+    if len(plain) < len(tensors):
+        twice = [key for key in tensors if key != current_key(key) and current_key(key) in tensors]
+        raise ValueError(f"{source} holds tensors under an old and a new name: {_some(twice)}")
+    return plain
 
 
 def _recognise(backbone, needed: Mapping, tensors: Tensors, source: str) -> Table:
@@ -93,7 +97,7 @@ def _recognise(backbone, needed: Mapping, tensors: Tensors, source: str) -> Tabl
 def _cross(backbone, entry: Entry, tensor: np.ndarray, needed, source: str) -> np.ndarray:
     key, path, transform = entry
     try:
-        value = backbone.fit_tensor(path, transform.to_flax(tensor.astype(np.float32)))
+        value = backbone.fit_tensor(path, transform.to_flax(tensor.astype(np.float32, copy=False)))
     except ValueError:  # a transform that cannot even be applied to this shape
         value = None
     if value is not None and value.shape == needed.shape:

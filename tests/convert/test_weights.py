@@ -111,6 +111,10 @@ def test_torchvisions_first_names_of_the_mlp_are_known():
     }
     assert "encoder.layers.encoder_layer_1.mlp.linear_2.bias" in state
     assert_same(to_flax(backbone, state), backbone)
+    key = "encoder.layers.encoder_layer_0.mlp.linear_1.bias"
+    state[key.replace("linear_1", "0")] = state[key]
+    with pytest.raises(ValueError, match=f"under an old and a new name: {key}"):
+        to_flax(backbone, state)
 
 
 def test_a_family_without_that_layout_says_so():
