@@ -93,8 +93,8 @@ def timm_weights(name: str, model: str | None = None) -> tuple[Path, dict[str, A
     except OSError as error:
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
-            f"cannot download {repository} from the Hugging Face hub ({reason}); fetch its "
-            "model.safetensors on a machine with access and pass --weights FILE"
+            f"cannot download {repository} ({reason}); on a machine with access run "
+            f"'hf download {repository}' and copy its Hugging Face cache folder here"
         ) from None
     return Path(path), read_card(json.loads(Path(card).read_text()))
 
