@@ -82,7 +82,7 @@ def train_batches(
     seed = int(np.random.SeedSequence([seed, process_index]).generate_state(1)[0])
     load = functools.partial(_load_for_training, source, preprocessing, flip)
     dataset = grain.MapDataset.source(shard).seed(seed).shuffle().repeat(None)
-    dataset = dataset.random_map(load).batch(batch_size)
+    dataset = dataset.random_map(load).batch(batch_size, drop_remainder=True)
     return Batches(dataset, source, workers, images=len(shard))
 
 

@@ -79,6 +79,8 @@ def preprocess(image: str | os.PathLike | Image.Image, preprocessing: Preprocess
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P":  # by way of RGBA, or Pillow warns of a transparent palette colour
         image = image.convert("RGBA")
+    elif image.mode.startswith("I;16"):  # grey of 16 bits, which Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 

@@ -1,0 +1,55 @@
+"""Small pictures, whole and damaged, and fresh interpreters."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ttame_jax.data import Source
+
+# Hides TensorFlow from `import` and from `find_spec`, as if it were not installed.
+HIDE_TENSORFLOW = """
+from importlib.machinery import PathFinder
+find_spec = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *args: (
+    None if name.partition(".")[0] == "tensorflow" else find_spec(name, *args)
+)
+"""
+
+
+def run_python(script: str, *args, check: bool = True) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", script, *map(str, args)]
+    root = Path(__file__).parents[2]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=check)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def encode(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+class Pictures(Source):
+    """A source in memory; `damaged` images are JPEGs cut in half."""
+
+    def __init__(self, size: int, damaged: tuple[int, ...] = ()):
+        self._encoded = [encode(noise(14, 11, seed), "JPEG") for seed in range(size)]
+        for index in damaged:
+            self._encoded[index] = self._encoded[index][: len(self._encoded[index]) // 2]
+
+    def __len__(self):
+        return len(self._encoded)
+
+    def __getitem__(self, index):
+        return {"image": self._encoded[index], "label": index % 10}
+
+    def name(self, index):
+        return f"{index:03}.jpg"

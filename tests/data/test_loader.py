@@ -1,0 +1,228 @@
+import multiprocessing
+import os
+import time
+
+import grain
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from data_helpers import Pictures, run_python
+
+from ttame_jax.backbones import Preprocessing
+from ttame_jax.data import evaluation_batches, train_batches
+from ttame_jax.data.transforms import evaluation_image
+
+SMALL = Preprocessing(image_size=8, resize_size=10)
+
+
+def take(batches, count: int) -> list[dict]:
+    return [next(batches) for _ in range(count)]
+
+
+def indices(batches) -> list[int]:
+    return np.concatenate([batch["index"] for batch in batches]).tolist()
+
+
+def assert_same(batches, others):
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others):
+        assert batch.keys() == other.keys()
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], other[name])
+
+
+def train(size=23, batch_size=5, **options):
+    options = {"seed": 0, "workers": 0} | options
+    return train_batches(Pictures(size), SMALL, batch_size, **options)
+
+
+def test_batches_are_arrays_of_the_promised_types():
+    batch = next(train())
+    expected = {
+        "image": ((5, 8, 8, 3), np.uint8),
+        "label": ((5,), np.int32),
+        "index": ((5,), np.int32),
+        "valid": ((5,), np.bool_),
+    }
+    assert {name: (value.shape, value.dtype) for name, value in batch.items()} == expected
+    assert all(type(value) is np.ndarray for value in batch.values())
+    np.testing.assert_array_equal(batch["label"], batch["index"] % 10)
+    assert batch["valid"].all()
+
+
+def test_training_follows_from_the_seed():
+    assert_same(take(train(), 8), take(train(), 8))
+    assert indices(take(train(), 4)) != indices(take(train(seed=1), 4))
+
+
+def test_worker_processes_change_nothing_and_end_with_the_iterator():
+    batches = train(workers=2)
+    taken = take(batches, 7)
+    assert_same(taken, take(train(), 7))
+    assert len(multiprocessing.active_children()) == 2
+    assert all(type(value) is np.ndarray for value in taken[0].values())
+    del batches
+    assert not multiprocessing.active_children()
+
+
+def test_each_epoch_has_every_image_once_in_an_order_and_with_crops_of_its_own():
+    batches = train(batch_size=23)
+    first, second, third = take(batches, 3)
+    orders = [batch["index"].tolist() for batch in (first, second, third)]
+    assert all(sorted(order) == list(range(23)) for order in orders)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    by_index = [batch["image"][np.argsort(batch["index"])] for batch in (first, second)]
+    assert (by_index[0] != by_index[1]).any((1, 2, 3)).sum() > 15
+    neighbour = take(train(batch_size=23, seed=1), 2)
+    assert orders[1] not in [batch["index"].tolist() for batch in neighbour]
+
+
+def test_processes_read_disjoint_shards_that_make_up_the_whole():
+    shards = [
+        set(indices(take(train(batch_size=1, process_index=i, process_count=3), 24)))
+        for i in range(3)
+    ]
+    assert sorted(len(shard) for shard in shards) == [7, 8, 8]
+    assert set.union(*shards) == set(range(23))
+
+
+def test_more_processes_than_images_is_an_error():
+    with pytest.raises(ValueError, match="2 images are too few for 3 processes"):
+        train(size=2, process_index=2, process_count=3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_restored_state_continues_within_an_epoch(workers):
+    batches = train()
+    take(batches, 7)
+    state = batches.get_state()
+    expected = take(batches, 6)
+    resumed = train(workers=workers)
+    take(resumed, 2 if workers else 0)
+    resumed.set_state(state)
+    assert_same(take(resumed, 6), expected)
+
+
+def test_the_state_is_saved_and_restored_by_orbax(tmp_path):
+    batches = train()
+    take(batches, 7)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(7, ocp.args.Composite(batches=grain.checkpoint.CheckpointSave(batches)))
+        expected = take(batches, 3)
+        manager.wait_until_finished()
+    resumed = train()
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.restore(7, ocp.args.Composite(batches=grain.checkpoint.CheckpointRestore(resumed)))
+    assert_same(take(resumed, 3), expected)
+
+
+def test_evaluation_gives_each_image_once_in_order_and_pads_the_last_batch():
+    source = Pictures(23)
+    batches = list(evaluation_batches(source, SMALL, 5))
+    assert len(batches) == len(evaluation_batches(source, SMALL, 5)) == 5
+    assert indices(batches) == [*range(23), -1, -1]
+    last = batches[-1]
+    assert last["valid"].tolist() == [True] * 3 + [False] * 2
+    assert last["label"].tolist() == [0, 1, 2, -1, -1]
+    assert not last["image"][3:].any()
+    np.testing.assert_array_equal(last["image"][2], evaluation_image(source[22]["image"], SMALL))
+
+
+def test_evaluation_of_chosen_images():
+    batches = evaluation_batches(Pictures(23), SMALL, 2, indices=[20, 3, 3])
+    assert indices(batches) == [20, 3, 3, -1]
+
+
+def test_evaluation_shards_are_disjoint_complete_and_equally_long():
+    shards = [
+        list(evaluation_batches(Pictures(23), SMALL, 4, process_index=i, process_count=3))
+        for i in range(3)
+    ]
+    assert [len(shard) for shard in shards] == [2, 2, 2]
+    read = [index for shard in shards for index in indices(shard) if index >= 0]
+    assert sorted(read) == list(range(23))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_replaces_an_unreadable_image_and_names_it_once(workers):
+    source = Pictures(120, damaged=(17,))
+    batches = train_batches(source, SMALL, 10, seed=0, workers=workers)
+    with pytest.warns(UserWarning, match="unreadable") as warned:
+        epochs = indices(take(batches, 24))
+    assert [str(warning.message) for warning in warned] == [
+        "skipping an unreadable image: 017.jpg"
+    ]
+    assert sorted(epochs) == sorted(2 * [18 if i == 17 else i for i in range(120)])
+
+
+def test_evaluation_marks_an_unreadable_image_and_names_it_once():
+    source = Pictures(120, damaged=(17,))
+    with pytest.warns(UserWarning) as warned:
+        batches = list(evaluation_batches(source, SMALL, 10))
+    assert len(warned) == 1 and "017.jpg" in str(warned[0].message)
+    assert indices(batches) == list(range(120))
+    valid = np.concatenate([batch["valid"] for batch in batches])
+    assert np.flatnonzero(~valid).tolist() == [17]
+
+
+@pytest.mark.filterwarnings("ignore:skipping")
+@pytest.mark.parametrize(
+    "size, damaged, message",
+    [(400, (1, 2, 300), "2 of 100 images"), (40, (1,), "1 of 40 images")],
+)
+def test_more_than_one_per_cent_unreadable_is_an_error(size, damaged, message):
+    batches = evaluation_batches(Pictures(size, damaged), SMALL, 10)
+    seen = []
+    with pytest.raises(ValueError, match=message):
+        seen.extend(indices([batch]) for batch in batches)
+    assert len(seen) == min(size, 100) // 10 - 1
+
+
+def test_a_source_of_unreadable_images_only_is_an_error():
+    with pytest.raises(ValueError, match="are all unreadable"):
+        next(train_batches(Pictures(5, damaged=range(5)), SMALL, 2, seed=0, workers=0))
+
+
+class TouchingDevices(Pictures):
+    """Labels tell whether the process that loads them has started JAX's devices."""
+
+    def __getitem__(self, index):
+        from jax._src import xla_bridge
+
+        return super().__getitem__(index) | {"label": int(xla_bridge.backends_are_initialized())}
+
+
+def test_workers_leave_the_devices_alone():
+    batches = train_batches(TouchingDevices(8), SMALL, 4, seed=0, workers=1)
+    assert next(batches)["label"].tolist() == [0, 0, 0, 0]
+
+
+KILLED = """
+import multiprocessing, os, sys
+sys.path.insert(0, "tests/data")
+from data_helpers import Pictures
+from ttame_jax.backbones import Preprocessing
+from ttame_jax.data import train_batches
+batches = train_batches(Pictures(8), Preprocessing(8, 10), 4, seed=0, workers=2)
+next(batches)
+for child in multiprocessing.active_children():
+    print(child.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_workers_end_when_their_parent_is_killed():
+    workers = [int(pid) for pid in run_python(KILLED, check=False).stdout.split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 20
+    while any(_runs(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

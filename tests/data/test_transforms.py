@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+from data_helpers import encode, noise
+from PIL import Image
+
+from convert.torch_import import import_torchvision
+from ttame_jax.backbones import Preprocessing
+from ttame_jax.data.transforms import (
+    UnreadableImage,
+    decode,
+    evaluation_image,
+    preprocess,
+    training_image,
+)
+
+SMALL = Preprocessing(image_size=6, resize_size=8)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    "size", [(300, 451), (451, 300), (256, 256), (256, 391), (37, 90), (1001, 257)]
+)
+def test_evaluation_equals_torchvision_bit_for_bit(size, interpolation):
+    transforms = import_torchvision().transforms
+    mode = transforms.InterpolationMode(interpolation)
+    reference = transforms.Compose(
+        [transforms.Resize(256, mode, antialias=True), transforms.CenterCrop(224)]
+    )
+    image = noise(*size)
+    result = evaluation_image(encode(image), Preprocessing(interpolation=interpolation))
+    np.testing.assert_array_equal(result, np.asarray(reference(image)))
+
+
+def test_training_draws_every_crop_and_mirror_image_and_nothing_else():
+    image = noise(10, 8)
+    pixels = np.asarray(image)
+    crops = {}
+    for top in range(3):
+        for left in range(5):
+            crop = pixels[top : top + 6, left : left + 6]
+            crops[crop.tobytes()] = (top, left, False)
+            crops[crop[:, ::-1].tobytes()] = (top, left, True)
+    rng = np.random.default_rng(0)
+    encoded = encode(image)
+    drawn = {crops[training_image(encoded, SMALL, rng).tobytes()] for _ in range(500)}
+    assert drawn == set(crops.values())
+    unflipped = {
+        crops[training_image(encoded, SMALL, rng, flip=False).tobytes()] for _ in range(300)
+    }
+    assert unflipped == {draw for draw in crops.values() if not draw[2]}
+
+
+def test_training_resizes_first():
+    encoded = encode(noise(40, 80))
+    resized = np.asarray(noise(40, 80).resize((8, 16), Image.Resampling.BILINEAR))
+    crop = training_image(encoded, SMALL, np.random.default_rng(0), flip=False)
+    assert any((resized[t : t + 6, s : s + 6] == crop).all() for t in range(11) for s in range(3))
+
+
+@pytest.mark.parametrize(
+    "mode, colour, file_format",
+    [
+        ("L", 200, "PNG"),
+        ("1", 1, "PNG"),
+        ("LA", (200, 90), "PNG"),
+        ("RGBA", (10, 200, 30, 90), "PNG"),
+        ("CMYK", (245, 55, 225, 0), "TIFF"),
+        ("I;16", 51400, "PNG"),
+    ],
+)
+def test_every_colour_mode_becomes_rgb(mode, colour, file_format):
+    image = Image.new(mode, (9, 9), colour)
+    expected = {"1": (255,) * 3, "RGBA": (10, 200, 30), "CMYK": (10, 200, 30)}.get(mode, (200,) * 3)
+    decoded = decode(encode(image, file_format))
+    assert decoded.mode == "RGB"
+    assert decoded.getpixel((4, 4)) == expected
+
+
+@pytest.mark.filterwarnings("error")
+def test_palettes_with_transparency_become_rgb():
+    image = Image.new("P", (9, 9), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    encoded = encode(image, transparency=bytes([255, 128]))
+    assert decode(encoded).getpixel((4, 4)) == (10, 200, 30)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+def test_truncated_and_foreign_files_are_unreadable(tmp_path, file_format):
+    whole = encode(noise(60, 60), file_format)
+    for data in (whole[: len(whole) // 2], b"no image", b""):
+        with pytest.raises(UnreadableImage):
+            decode(data)
+        path = tmp_path / "image"
+        path.write_bytes(data)
+        with pytest.raises(UnreadableImage, match=str(path)):
+            preprocess(path, SMALL)
+
+
+def test_single_pictures_are_turned_upright_and_data_sets_are_not(tmp_path):
+    upright = noise(8, 8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    stored = upright.transpose(Image.Transpose.ROTATE_90)
+    path = tmp_path / "turned.png"
+    path.write_bytes(encode(stored, exif=exif))
+    expected = evaluation_image(encode(upright), SMALL)
+    np.testing.assert_array_equal(preprocess(path, SMALL), expected)
+    with Image.open(path) as opened:
+        np.testing.assert_array_equal(preprocess(opened, SMALL), expected)
+    assert (evaluation_image(path.read_bytes(), SMALL) != expected).any()
+
+
+def test_a_missing_picture_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.jpg"):
+        preprocess(tmp_path / "nothing.jpg", SMALL)
