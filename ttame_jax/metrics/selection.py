@@ -17,11 +17,13 @@ def relevance_rank(maps: jax.Array) -> jax.Array:
     Equal values rank by pixel index (row by row), so that the order is the same on every device;
     NaN ranks last.
     """
-    flat = maps.reshape(len(maps), -1)
-    order = jnp.argsort(-flat, axis=1, stable=True)
-    places = jnp.broadcast_to(jnp.arange(flat.shape[1], dtype=jnp.int32), flat.shape)
-    ranks = jnp.put_along_axis(jnp.zeros_like(places), order, places, axis=1, inplace=False)
-    return ranks.reshape(maps.shape)
+
+    def rank(relevance):
+        order = jnp.argsort(-relevance, stable=True)
+        places = jnp.arange(relevance.size, dtype=jnp.int32)
+        return jnp.zeros_like(places).at[order].set(places)
+
+    return jax.vmap(rank)(maps.reshape(len(maps), -1)).reshape(maps.shape)
 
 
 def top_mask(maps: jax.Array, percent: float) -> jax.Array:

@@ -1,0 +1,165 @@
+"""Seconds per image of ROAD's imputation, here and in pytorch-grad-cam, as JSON.
+
+    python benchmarks/road.py --images ILSVRC2012_img_val.tar --limit 8
+
+Both remove the same shares of the same images by the same maps, in both orders, one after the
+other in one process; ranking pixels and drawing noise count, the classifier does not.
+"""
+
+import io
+import json
+import os
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from PIL import Image, ImageOps
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # also without installing the project
+
+from convert.torch_import import import_torchvision
+from ttame_jax.backbones import Preprocessing
+from ttame_jax.metrics.imputation import noisy_linear_imputation, relative_residual
+from ttame_jax.metrics.road import PROTOCOLS, remove_first
+from ttame_jax.metrics.selection import pixel_count, relevance_rank, top_mask
+
+
+@dataclass(frozen=True)
+class Options:
+    images: Path | None = None
+    """A folder or tar file of images; two sample photographs of scikit-learn without it."""
+    limit: int = 8
+    """Number of images."""
+    batch_size: int = 8
+    """Images imputed at once (here; the package takes one at a time)."""
+    image_size: int = 224
+    grid: int = 13
+    """Side of the random maps before they are enlarged to the image, as a method's maps are."""
+    package: bool = True
+    """Measure pytorch-grad-cam as well."""
+
+
+def main(options: Options) -> None:
+    images = load_images(options)
+    maps = random_maps(options)
+    slices = [slice(i, i + options.batch_size) for i in range(0, len(images), options.batch_size)]
+    batches = [(images[rows], maps[rows]) for rows in slices]
+    percentages = PROTOCOLS["paper"].percentages
+
+    ours, package, residual = {}, {}, 0.0
+    remover = package_remover() if options.package else None
+    for batch in {len(images): (images, maps) for images, maps in batches}.values():
+        remove_both(*batch, percentages[0])  # compile
+    for percentage in percentages:
+        start = time.perf_counter()
+        for batch in batches:
+            remove_both(*batch, percentage)
+        ours[str(percentage)] = (time.perf_counter() - start) / len(images)
+        if remover:
+            start = time.perf_counter()
+            for image, relevance in zip(images, maps):
+                remover(image, relevance, percentage)
+            package[str(percentage)] = (time.perf_counter() - start) / len(images)
+        residual = max(residual, *(worst_residual(*batch, percentage) for batch in batches))
+
+    result: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind,
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "images": len(images),
+        "image_size": options.image_size,
+        "batch_size": options.batch_size,
+        "seconds_per_image": {**ours, "total": sum(ours.values())},
+        "max_relative_residual": residual,
+    }
+    if package:
+        result["package_seconds_per_image"] = {**package, "total": sum(package.values())}
+        result["ratio"] = sum(package.values()) / sum(ours.values())
+    print(json.dumps(result, indent=2))
+
+
+def remove_both(images: np.ndarray, maps: np.ndarray, percentage: int) -> None:
+    """Both orders of one percentage, as `road` does it."""
+    keys = jax.random.split(jax.random.key(0), len(images))
+    count = pixel_count(percentage, maps[0].size)
+    for signed in (maps, -maps):
+        remove(images, rank(signed), percentage, count, keys).block_until_ready()
+
+
+rank = jax.jit(relevance_rank)
+remove = jax.jit(remove_first)
+impute = jax.jit(noisy_linear_imputation)
+
+
+def worst_residual(images: np.ndarray, maps: np.ndarray, percentage: int) -> float:
+    removed = [top_mask(signed, percentage) for signed in (maps, -maps)]
+    return max(float(relative_residual(impute(images, mask), mask).max()) for mask in removed)
+
+
+def package_remover():
+    import_torchvision()
+    import torch
+    from pytorch_grad_cam.metrics.perturbation_confidence import (
+        RemoveLeastRelevantFirst,
+        RemoveMostRelevantFirst,
+    )
+    from pytorch_grad_cam.metrics.road import NoisyLinearImputer
+
+    def run(image, relevance, percentage):
+        image, relevance = (
+            torch.from_numpy(image.transpose(2, 0, 1).copy()),
+            torch.from_numpy(relevance),
+        )
+        for order in (RemoveMostRelevantFirst, RemoveLeastRelevantFirst):
+            order(100 - percentage, NoisyLinearImputer())(image, relevance)
+
+    return run
+
+
+def random_maps(options: Options) -> np.ndarray:
+    """Smooth maps in [0, 1], [N, S, S]: coarse random values, enlarged bilinearly."""
+    rng = np.random.default_rng(0)
+    size = (options.image_size, options.image_size)
+    coarse = rng.random((options.limit, options.grid, options.grid), np.float32)
+    return np.stack([Image.fromarray(values).resize(size, Image.BILINEAR) for values in coarse])
+
+
+def load_images(options: Options) -> np.ndarray:
+    """Standardised images [N, S, S, 3]; originals too few are repeated, turned."""
+    pictures = []
+    for picture in originals(options.images):
+        fitted = ImageOps.fit(picture.convert("RGB"), (options.image_size, options.image_size))
+        pictures.append(np.asarray(fitted, np.float32) / 255)
+        if len(pictures) == options.limit:
+            break
+    if not pictures:
+        raise SystemExit(f"no images in {options.images}")
+    for i in range(options.limit - len(pictures)):
+        pictures.append(np.rot90(pictures[i]))
+    return np.asarray(Preprocessing().standardise(np.stack(pictures)))
+
+
+def originals(path: Path | None) -> Iterator[Image.Image]:
+    if path is None:
+        from sklearn.datasets import load_sample_images
+
+        yield from map(Image.fromarray, load_sample_images().images)
+    elif path.is_dir():
+        for file in sorted(path.rglob("*")):
+            if file.suffix.lower() in {".jpg", ".jpeg", ".png"}:
+                yield Image.open(file)
+    else:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.isfile():
+                    yield Image.open(io.BytesIO(tar.extractfile(member).read()))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
