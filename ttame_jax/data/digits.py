@@ -54,13 +54,16 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             original = order[i % len(order)]
             rng = np.random.default_rng([_SEED, first, i])
             picture, box = draw(originals[original], rng)
-            yield i, {
-                "image": _png(picture),
-                "label": labels[original],
-                "box": tfds.features.BBox(*box),
-                "original": original,
-                "id": f"{split}_{i:05d}.png",
-            }
+            yield (
+                i,
+                {
+                    "image": _png(picture),
+                    "label": labels[original],
+                    "box": tfds.features.BBox(*box),
+                    "original": original,
+                    "id": f"{split}_{i:05d}.png",
+                },
+            )
 
 
 def draw(original: np.ndarray, rng: np.random.Generator) -> tuple[Image.Image, list[float]]:

@@ -15,7 +15,6 @@ import atexit
 import functools
 import multiprocessing
 import os
-import sys
 import threading
 import warnings
 import weakref
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 _PREFETCH = 2  # batches made ahead, by each worker process or in-process by threads
 _MAX_UNREADABLE = 0.01  # share of the images seen
-_ENOUGH_SEEN = 100  # images before that share is judged
+_ENOUGH_SEEN = 1000  # images before that share is judged
 
 _open_batches = weakref.WeakSet()
 
@@ -77,7 +76,9 @@ def train_batches(
     """
     shard = range(process_index, len(source), process_count)
     if not shard:
-        raise ValueError(f"{source}: {len(source)} images are too few for {process_count} processes")
+        raise ValueError(
+            f"{source}: {len(source)} images are too few for {process_count} processes"
+        )
     # Grain seeds an epoch with seed + epoch: unmixed, neighbouring seeds would share epochs.
     seed = int(np.random.SeedSequence([seed, process_index]).generate_state(1)[0])
     load = functools.partial(_load_for_training, source, preprocessing, flip)
@@ -120,7 +121,7 @@ class Batches(grain.DatasetIterator):
     """Iterator over a data set of batches, whose state is the number of batches taken.
 
     The state can be restored under any number of workers. Warns once of each unreadable image, by
-    name, and raises ValueError where they are more than 1 % of the images seen, judged from 100
+    name, and raises ValueError where they are more than 1 % of the images seen, judged from 1000
     images on, or at the end of a smaller set. `close`, or dropping the iterator, ends its workers.
     """
 
@@ -129,11 +130,11 @@ class Batches(grain.DatasetIterator):
         self._dataset = dataset
         self._source = source
         self._workers = workers
-        self._enough = min(images, _ENOUGH_SEEN)
+        self._images = images  # of this process, in an epoch
         self._taken = 0
         self._ahead = None  # Grain's iterator, which makes batches ahead from `_taken` on
-        self._seen = self._unreadable = 0
-        self._warned = set()
+        self._seen = 0
+        self._unreadable = set()
         _open_batches.add(self)
 
     def __len__(self) -> int:
@@ -170,16 +171,15 @@ class Batches(grain.DatasetIterator):
             self._ahead = None
 
     def _check(self, index: np.ndarray, unreadable: np.ndarray):
-        failed = unreadable[unreadable >= 0]
-        self._seen += int((index >= 0).sum())
-        self._unreadable += len(failed)
-        for image in sorted(set(failed.tolist()) - self._warned):
-            self._warned.add(image)
+        for image in set(unreadable[unreadable >= 0].tolist()) - self._unreadable:
+            self._unreadable.add(image)
             warnings.warn(f"skipping an unreadable image: {self._source.name(image)}", stacklevel=3)
-        if self._seen >= self._enough and self._unreadable > _MAX_UNREADABLE * self._seen:
+        self._seen = min(self._seen + np.count_nonzero(index >= 0), self._images)
+        judged = self._seen >= min(self._images, _ENOUGH_SEEN)
+        if judged and len(self._unreadable) > _MAX_UNREADABLE * self._seen:
             self.close()
             raise ValueError(
-                f"{self._unreadable} of {self._seen} images of {self._source} are unreadable "
+                f"{len(self._unreadable)} of {self._seen} images of {self._source} are unreadable "
                 "(the warnings name them): repair or remove them"
             )
 

@@ -204,7 +204,9 @@ def prepare(name: str, data_dir: str | Path | None = None, manual_dir: str | Pat
                 "preparing a data set needs TensorFlow; run: pip install 'ttame-jax[prepare]'"
             )
         _prepare(builder, manual_dir)
-    images = ", ".join(f"{split}: {info.num_examples}" for split, info in builder.info.splits.items())
+    images = ", ".join(
+        f"{split}: {info.num_examples}" for split, info in builder.info.splits.items()
+    )
     print(f"{name} {'was already' if already else 'is'} prepared in {builder.data_dir} ({images})")
 
 
