@@ -15,7 +15,7 @@ def records(digits_dir) -> dict[str, list[dict]]:
     """Every record of every split as TFDS reads it, images still encoded."""
     builder = tfds.builder("digits", data_dir=digits_dir)
     decoders = {"image": tfds.decode.SkipDecoding()}
-    return {split: list(builder.as_data_source(split, decoders)) for split in SPLITS}
+    return {split: list(builder.as_data_source(split, decoders=decoders)) for split in SPLITS}
 
 
 def test_splits_have_their_sizes_and_every_class(records):

@@ -110,7 +110,7 @@ def _load_originals() -> tuple[np.ndarray, np.ndarray]:
 def _enlarge(original: np.ndarray, side: int) -> np.ndarray:
     """Enlarges ink smoothly and gives it sharp edges: [8, 8] -> [side, side] in [0, 1]."""
     smooth = Image.fromarray(np.float32(original)).resize((side, side), Image.Resampling.BICUBIC)
-    return np.clip((np.asarray(smooth) - 0.2) / 0.6, 0, 1)
+    return np.clip((np.asarray(smooth) - 0.15) / 0.45, 0, 1)
 
 
 def _background(levels: tuple[int, int], rng: np.random.Generator) -> Image.Image:
