@@ -1,7 +1,14 @@
 import os
 from pathlib import Path
 
+# Before JAX starts: eight simulated devices, so that every compiled step is really parallel.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import numpy as np
 import pytest
+from PIL import Image
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +18,21 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"needs the shared images and weights; set TTAME_SHARED (no {path})")
     return path.resolve()
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """A folder with a train and a validation split of small pictures: blobs on a gradient."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:40, :36] / 36
+    for split, count in (("train", 64), ("validation", 20)):
+        (folder / split).mkdir()
+        for i in range(count):
+            cy, cx = rng.uniform(0.2, 0.8, 2)
+            blob = np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / 0.02)[..., None]
+            shade = np.stack([x, y, 1 - x], axis=-1) * rng.uniform(0, 0.7, 3)
+            picture = shade * (1 - blob) + blob * rng.uniform(0.3, 1, 3)
+            name = folder / split / f"{i:03}.png"
+            Image.fromarray((255 * picture).astype(np.uint8)).save(name)
+    return folder

@@ -11,6 +11,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from ttame_jax.experiments.evaluate import EvaluateConfig, evaluate
 from ttame_jax.files import save_arrays
 from ttame_jax.training.config import TrainConfig, preset
 
@@ -78,6 +79,11 @@ def _explain_one(explainer, picture: np.ndarray, classes, stem: Path) -> None:
     print(f"{stem}.png: {', '.join(titles)}")
 
 
+def _evaluate(config: Annotated[EvaluateConfig, tyro.conf.arg(name="")]) -> None:
+    """Measure a run's maps by AD, IC and ROAD; writes JSON and prints a table."""
+    evaluate(config)
+
+
 def prepare(
     dataset: tyro.conf.Positional[str],
     *,
@@ -125,6 +131,7 @@ def main(args: Sequence[str] | None = None) -> None:
         commands = {
             "train": _train_command(_preset_named_in(args)),
             "explain": explain,
+            "evaluate": _evaluate,
             "prepare": prepare,
             "demo": demo,
         }

@@ -55,6 +55,8 @@ class TrainConfig:
     """Of the computation; parameters and loss are float32."""
     seed: int = 0
     """Of the initial parameters, the order of the images and their crops."""
+    flip: bool = True
+    """Whether to mirror half of the training images."""
     workers: int = 2
     """Processes that read and decode images; 0 does it in this one."""
     log_every: int = 10

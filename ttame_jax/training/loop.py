@@ -6,18 +6,19 @@ import signal
 import threading
 
 import jax
+import numpy as np
 from flax import nnx
 
 from ttame_jax.data import Batches, load_source, train_batches
 from ttame_jax.mesh import data_mesh, replicate, shard_batch
 from ttame_jax.methods import TTAME
+from ttame_jax.metrics.evaluation import Evaluator, summarise
 from ttame_jax.training.checkpoints import Checkpoints
 from ttame_jax.training.config import CONFIG_FILE, TrainConfig, load_config
 from ttame_jax.training.log import Log, say
 from ttame_jax.training.models import build_attention, build_backbone
 from ttame_jax.training.optimizer import OneCycle, one_cycle_sgd
 from ttame_jax.training.step import TrainState, initial_state, make_train_step
-from ttame_jax.training.validation import Validation
 
 
 def train(config: TrainConfig) -> None:
@@ -58,8 +59,13 @@ class Run:
         self.validation = None
         if config.validation_images:
             source = load_source(config.dataset, config.validation_split, config.data_dir)
-            method = TTAME(self.backbone, self.attention)
-            self.validation = Validation(config, source, method, self.mesh)
+            self.validation = Evaluator(
+                TTAME(self.backbone, self.attention),
+                source,
+                masking=self.masking,
+                indices=spread(len(source), config.validation_images),
+                batch_size=config.batch_size,
+            )
 
     def train(self) -> None:
         """Runs all steps that are left, or those until SIGTERM."""
@@ -99,6 +105,7 @@ class Run:
             self.backbone.preprocessing,
             self.config.batch_size // jax.process_count(),
             seed=self.config.seed,
+            flip=self.config.flip,
             workers=self.config.workers,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -107,7 +114,16 @@ class Run:
     def _measure(self, step: int, state: TrainState, log: Log) -> dict[str, float] | None:
         if self.validation is None:
             return None
-        measured = self.validation.measure(self.backbone_state, state)
+        attention_state = nnx.merge_state(state.params, state.batch_stats)
+        rows = self.validation(
+            nnx.State({"backbone": self.backbone_state, "attention": attention_state})
+        )
+        summary = summarise(rows, self.validation.measures)
+        measured = {
+            f"{name}_{percent}": value
+            for name, values in summary.items()
+            for percent, value in values.items()
+        }
         log.write_validation(step, step // self.steps_per_epoch, measured)
         return measured
 
@@ -120,6 +136,11 @@ class Run:
             f"{trained:,} parameters trained, {len(self.source):,} images, "
             f"{self.total_steps:,} steps of {self.config.batch_size}"
         )
+
+
+def spread(total: int, wanted: int) -> np.ndarray:
+    """At most `wanted` indices, evenly spread over `total`."""
+    return np.unique(np.linspace(0, total - 1, min(wanted, total)).astype(int))
 
 
 def _check(config: TrainConfig) -> None:

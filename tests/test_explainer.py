@@ -1,0 +1,110 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ttame_jax import AttentionMechanism, Explainer, load_backbone, load_explainer
+from ttame_jax.training.config import TrainConfig
+from ttame_jax.training.loop import train
+
+TINY = dict(image_size=32, patch_size=8, width=32, depth=3, num_heads=2, num_classes=5)
+IMAGES = np.random.default_rng(0).uniform(size=(3, 32, 32, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def explainer():
+    return Explainer(
+        load_backbone("vit", **TINY), AttentionMechanism([32] * 3, 5, rngs=nnx.Rngs(0))
+    )
+
+
+def test_the_predicted_class_is_explained_by_default(explainer):
+    explanation = explainer(IMAGES)
+    logits, _ = explainer.backbone(explainer.backbone.preprocessing.standardise(IMAGES))
+    assert explanation.maps.shape == (3, 1, 4, 4)
+    np.testing.assert_array_equal(explanation.classes[:, 0], logits.argmax(-1))
+    np.testing.assert_allclose(
+        explanation.probabilities[:, 0], jax.nn.softmax(logits).max(-1), rtol=1e-5
+    )
+    np.testing.assert_allclose(explanation.maps.min((2, 3)), 0)
+    np.testing.assert_allclose(explanation.maps.max((2, 3)), 1)
+
+
+def test_every_way_to_ask_for_classes_gives_the_same_maps(explainer):
+    everything = explainer(IMAGES, "all")
+    assert everything.maps.shape == (3, 5, 4, 4)
+    np.testing.assert_array_equal(everything.classes, np.tile(np.arange(5), (3, 1)))
+    np.testing.assert_allclose(everything.probabilities.sum(1), 1, rtol=1e-5)
+    two = explainer(IMAGES, 2)
+    np.testing.assert_allclose(two.maps[:, 0], everything.maps[:, 2], atol=1e-5)
+    own = explainer(IMAGES, np.array([[4, 0], [1, 1], [3, 2]]))
+    np.testing.assert_allclose(own.maps[2, 1], everything.maps[2, 2], atol=1e-5)
+    top = explainer(IMAGES, "top3")
+    order = np.argsort(-np.asarray(everything.probabilities), axis=1)[:, :3]
+    np.testing.assert_array_equal(top.classes, order)
+
+
+def test_maps_are_scaled_before_the_sigmoid(explainer):
+    _, features = explainer.backbone(explainer.backbone.preprocessing.standardise(IMAGES))
+    class_maps = explainer.attention(features)
+    low, high = (f(class_maps, (2, 3), keepdims=True) for f in (jnp.min, jnp.max))
+    expected = (class_maps - low) / (high - low)
+    np.testing.assert_allclose(explainer(IMAGES, "all").maps, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("images", "classes", "message"),
+    [
+        (IMAGES[0], None, r"floats \[B, H, W, 3\] in \[0, 1\], not float32 \[32, 32, 3\]"),
+        ((IMAGES * 255).astype(np.uint8), None, "not uint8"),
+        (IMAGES * 255, None, "divide uint8 images by 255"),
+        (IMAGES - 0.5, None, "do not standardise them"),
+        (IMAGES, 5, "classes must lie in 0 to 4"),
+        (IMAGES, -1, "classes must lie in 0 to 4"),
+        (IMAGES, np.zeros((2, 1), int), r"B = 3, not int64 \[2, 1\]"),
+        (IMAGES, 1.5, "not float64"),
+        (IMAGES, "top9", "'top5' \\(up to 'top5'\\)"),
+        (IMAGES, "best", "classes 'best': use 'all'"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(explainer, images, classes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        explainer(images, classes)
+    assert "\n" not in str(error.value)
+
+
+def test_load_explainer_says_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no run: config.json is missing"):
+        load_explainer(tmp_path)
+    config = TrainConfig(backbone="vit", backbone_config=TINY, weights=None, output=tmp_path)
+    config.save()
+    with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
+        load_explainer(tmp_path)
+
+
+def test_load_explainer_takes_weights_that_have_moved(pictures, tmp_path):
+    from ttame_jax.backbones import save_backbone
+
+    save_backbone(load_backbone("vit", **TINY), tmp_path / "weights.safetensors")
+    config = TrainConfig(
+        backbone="vit",
+        backbone_config=TINY,
+        weights=str(tmp_path / "weights.safetensors"),
+        dataset=f"folder:{pictures}",
+        output=tmp_path / "run",
+        epochs=1,
+        validation_images=0,
+        workers=0,
+    )
+    train(config)
+    here = load_explainer(config.output)(IMAGES)
+    moved = tmp_path / "moved.safetensors"
+    (tmp_path / "weights.safetensors").rename(moved)
+    with pytest.raises(FileNotFoundError, match="weights.safetensors"):
+        load_explainer(config.output)
+    there = load_explainer(config.output, weights=str(moved))(IMAGES)
+    for field in dataclasses.fields(here):
+        np.testing.assert_array_equal(getattr(here, field.name), getattr(there, field.name))

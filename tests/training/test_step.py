@@ -1,0 +1,112 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+
+from ttame_jax.attention import AttentionMechanism
+from ttame_jax.backbones import load_backbone
+from ttame_jax.losses import LossConfig, total_loss
+from ttame_jax.masking import mask_images, upsample
+from ttame_jax.mesh import replicate, shard_batch
+from ttame_jax.training.optimizer import OneCycle, one_cycle_sgd
+from ttame_jax.training.step import initial_state, make_train_step
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+TINY = dict(image_size=32, patch_size=8, width=32, depth=3, num_heads=2, num_classes=5)
+
+
+def setup(devices=1, dtype="float32", masking=None, recipe="paper", peak=0.05):
+    backbone = load_backbone("vit", dtype=jnp.dtype(dtype), **TINY)
+    attention = AttentionMechanism([32] * 3, 5, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(1))
+    optimizer = one_cycle_sgd(OneCycle(peak, 30))
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+    masking = masking or backbone.masking
+    step = make_train_step(backbone, attention, optimizer, mesh, masking, LossConfig(recipe))
+    state = replicate(initial_state(attention, optimizer), mesh)
+    backbone_state = replicate(nnx.state(backbone), mesh)
+
+    def run(state, images):
+        return step(state, backbone_state, shard_batch(images, mesh))
+
+    return backbone, attention, state, run
+
+
+def literal_loss(backbone, attention, images, masking, recipe):
+    """The step in the order of the paper: all class maps, then those of the model truths."""
+    preprocessing = backbone.preprocessing
+    images = images / 255.0
+    logits, features = backbone(preprocessing.standardise(images))
+    classes = logits.argmax(-1)
+    maps = jax.nn.sigmoid(attention(features, train=True))[:, classes]
+    masks = upsample(maps[jnp.arange(len(images)), jnp.arange(len(images))], (32, 32))
+    masked_logits, _ = backbone(mask_images(images, masks, preprocessing, masking))
+    return total_loss(maps, masked_logits, classes, LossConfig(recipe))
+
+
+@pytest.mark.parametrize("masking", ["pixel", "standardised"])
+@pytest.mark.parametrize("recipe", ["paper", "reference"])
+def test_a_step_follows_the_gradient_of_the_literal_loss(masking, recipe):
+    backbone, attention, state, run = setup(masking=masking, recipe=recipe)
+    graph, params, stats = nnx.split(attention, nnx.Param, nnx.BatchStat)
+
+    def loss_fn(params):
+        mechanism = nnx.merge(graph, params, stats, copy=True)
+        return literal_loss(backbone, mechanism, IMAGES.astype(np.float32), masking, recipe)
+
+    (loss, terms), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    optimizer = one_cycle_sgd(OneCycle(0.05, 30))
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    expected = jax.tree.map(np.asarray, jax.tree.map(jnp.add, params, updates))
+    state, metrics = run(state, IMAGES)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    for name, value in terms.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_each_device_takes_its_part_alone_and_results_are_averaged():
+    """Two devices on eight images: the mean of two single-device steps on four images each."""
+    _, _, state, run = setup(devices=2)
+    both, metrics = run(state, IMAGES)
+    halves = []
+    for part in (IMAGES[:4], IMAGES[4:]):
+        _, _, state, run = setup(devices=1)
+        halves.append(run(state, part))
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, np.mean([m[name] for _, m in halves]), rtol=1e-5)
+    for field in ("params", "batch_stats"):
+        leaves = [jax.tree.leaves(getattr(s, field)) for s in (both, halves[0][0], halves[1][0])]
+        for together, first, second in zip(*leaves):
+            np.testing.assert_allclose(together, (first + second) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_loss_falls_and_parameters_stay_float32(dtype):
+    _, _, state, run = setup(devices=8, dtype=dtype)
+    state, first = run(state, IMAGES)
+    first = float(first["loss"])
+    for _ in range(25):
+        state, metrics = run(state, IMAGES)
+    assert float(metrics["loss"]) < 0.9 * first
+    assert int(state.step) == 26
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((state.params, state.batch_stats)))
+
+
+def test_the_state_is_donated():
+    _, _, state, run = setup()
+    before = jax.tree.leaves(state.params)
+    run(state, IMAGES)
+    assert all(x.is_deleted() for x in before)
+
+
+def test_backbone_parameters_are_arguments_not_constants():
+    backbone, attention, state, _ = setup()
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    optimizer = one_cycle_sgd(OneCycle(0.05, 30))
+    step = make_train_step(backbone, attention, optimizer, mesh, "pixel", LossConfig())
+    text = step.lower(state, nnx.state(backbone), IMAGES).as_text()
+    largest = max((len(line) for line in text.splitlines() if "constant" in line), default=0)
+    assert largest < 10_000

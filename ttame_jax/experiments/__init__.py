@@ -1,0 +1,1 @@
+"""Whole studies: each trains or measures, and writes tables and pictures."""
