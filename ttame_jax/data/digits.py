@@ -140,6 +140,6 @@ def _colour(levels: tuple[int, int], rng: np.random.Generator) -> tuple[int, ...
 def _png(picture: Image.Image) -> io.BytesIO:
     """Encodes here, as TFDS itself would need TensorFlow for it."""
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    picture.save(file, "PNG", compress_level=1)
     file.seek(0)
     return file

@@ -132,6 +132,7 @@ class Batches(grain.DatasetIterator):
         self._workers = workers
         self._images = images  # of this process, in an epoch
         self._taken = 0
+        self._closed = False
         self._ahead = None  # Grain's iterator, which makes batches ahead from `_taken` on
         self._seen = 0
         self._unreadable = set()
@@ -142,7 +143,8 @@ class Batches(grain.DatasetIterator):
         return len(self._dataset)
 
     def __next__(self) -> dict[str, np.ndarray]:
-        self._assert_not_closed()
+        if self._closed:
+            raise ValueError("these batches are closed")
         self.start_prefetch()
         batch = next(self._ahead)
         self._taken += 1
