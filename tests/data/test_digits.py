@@ -55,7 +55,7 @@ def test_the_box_is_that_of_the_ink(seed):
     top, left, bottom, right = np.array(box) * 64
     assert top == int(top) >= 0 and left == int(left) >= 0 and bottom <= 64 and right <= 64
     top, left, bottom, right = map(int, (top, left, bottom, right))
-    assert bottom - top == right - left and 28 <= bottom - top <= 44
+    assert bottom - top == right - left and 36 <= bottom - top <= 48
     ink = (pixels == pixels[top, left]).all(-1)
     assert ink[top:bottom, left:right].all()
     around = np.zeros_like(ink)

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw, ImageFilter
 
 CANVAS = 64  # pixels, height and width of a picture
-DIGIT_SIZES = (28, 44)  # pixels, smallest and largest side of an enlarged 8x8 original
+DIGIT_SIZES = (36, 48)  # pixels, smallest and largest side of an enlarged 8x8 original
 _INK = 0.2  # coverage from which on a pixel belongs to the digit, for its box
 
 # split: (first original, last original + 1, number of pictures), in a shuffled order of originals
@@ -77,11 +77,10 @@ def draw(original: np.ndarray, rng: np.random.Generator) -> tuple[Image.Image, l
       The RGB picture of `CANVAS` pixels a side, and the box of the digit's ink: ymin, xmin,
       ymax, xmax as fractions of the canvas.
     """
-    # A light digit on a dark canvas, or the reverse; strokes lie in between.
-    dark, between, light = (0, 90), (70, 160), (185, 255)
-    paper, paint = (dark, light) if rng.random() < 0.5 else (light, dark)
-    picture = _background(paper, rng)
-    _draw_strokes(picture, between, rng)
+    # Light digits on a dark canvas, with strokes in between: clutter that draws the eye, but not
+    # so much that a small classifier would need long to learn.
+    picture = _background((0, 100), rng)
+    _draw_strokes(picture, (60, 150), rng)
 
     side = int(rng.integers(*DIGIT_SIZES, endpoint=True))
     ink = _enlarge(original, side)
@@ -91,7 +90,7 @@ def draw(original: np.ndarray, rng: np.random.Generator) -> tuple[Image.Image, l
     top = int(rng.integers(1, CANVAS - height))
     left = int(rng.integers(1, CANVAS - width))
     coverage = Image.fromarray(np.uint8(255 * ink))
-    picture.paste(_colour(paint, rng), (left, top, left + width, top + height), coverage)
+    picture.paste(_colour((170, 255), rng), (left, top, left + width, top + height), coverage)
     box = [edge / CANVAS for edge in (top, left, top + height, left + width)]
     return picture, box
 
