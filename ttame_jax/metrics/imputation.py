@@ -13,6 +13,7 @@ without bias, and a bias is what a large hole would amplify.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -28,8 +29,8 @@ MAX_ITERATIONS = 50  # 4 to 8 are enough for 224 x 224 pixels
 # Weights (times 12) of the neighbours at [row + 1, column + 1]; 0 for the pixel itself.
 WEIGHTS = ((1, 2, 1), (2, 0, 2), (1, 2, 1))
 
-Fields = list[list[jax.Array]]
-"""A 3 x 3 stencil that varies in space: [row + 1][column + 1] -> coefficients [B, 1, H, W]."""
+Fields = Sequence[Sequence[jax.Array | int]]
+"""A 3 x 3 stencil as `WEIGHTS`, its coefficients numbers or (varying in space) [B, 1, H, W]."""
 
 
 def noisy_linear_imputation(
@@ -53,13 +54,8 @@ def noisy_linear_imputation(
     """
     _check(images, removed)
     images = images.astype(jnp.float32)
-    values = jnp.where(removed[..., None], 0, images)  # also drops NaN from removed pixels
-    known = 1 - removed[..., None].astype(jnp.float32)
-    # Solving for the difference from the known pixels' mean keeps rounding relative to contrast.
-    mean = values.sum((1, 2), keepdims=True) / jnp.maximum(known.sum((1, 2), keepdims=True), 1)
-    solution = mean + _to_nhwc(
-        _solve(_to_nchw(values), _to_nchw(known * (values - mean)), 1 - _to_nchw(known))
-    )
+    known = jnp.where(removed[..., None], 0, images)  # without NaN, too, where removed
+    solution = _to_nhwc(_solve(_to_nchw(known), _to_nchw(removed[..., None].astype(jnp.float32))))
     if key is not None:
         keys = jax.random.split(key, len(images)) if key.ndim == 0 else key
         normal = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(keys)
@@ -76,9 +72,9 @@ def relative_residual(images: jax.Array, removed: jax.Array) -> jax.Array:
     _check(images, removed)
     free = _to_nchw(removed[..., None].astype(jnp.float32))
     images = _to_nchw(images.astype(jnp.float32))
-    right = free * _neighbour_sum((1 - free) * images)
+    right = free * _weighted(WEIGHTS, (1 - free) * images)
     residual = right - _laplacian(free)(free * images)
-    return jnp.sqrt(_ratio(_dot(residual, residual), _dot(right, right))).max((1, 2, 3))
+    return jnp.sqrt(_ratio(_sum(residual * residual), _sum(right * right))).max((1, 2, 3))
 
 
 def _check(images, removed):
@@ -93,36 +89,41 @@ def _check(images, removed):
 # broadcast over the channels. All grids are treated as zero outside.
 
 
-def _solve(values: jax.Array, centred: jax.Array, free: jax.Array) -> jax.Array:
+def _solve(known: jax.Array, free: jax.Array) -> jax.Array:
     """Preconditioned conjugate gradients, one system per image and channel.
 
-    `values` and `centred` hold the known pixels (0 elsewhere), as they are and without their
-    mean; `free` is 1 at removed pixels. A system that has converged is left as it is while others
-    go on, so that a result does not depend on the rest of the batch.
+    Args:
+      known: values of the known pixels, 0 elsewhere.
+      free: 1 at removed pixels, 0 elsewhere.
+
+    The unknowns are differences from the mean of the known pixels, which keeps rounding relative
+    to contrast. A system that has converged is left as it is while others go on, so that a
+    result does not depend on the rest of the batch.
     """
     levels = _hierarchy(free)
-    apply = levels[0].apply
-    right = free * _neighbour_sum(values)
-    target = TOLERANCE**2 * _dot(right, right)
+    mean = _sum(known) / jnp.maximum(_sum(1 - free), 1)
+    right = free * _weighted(WEIGHTS, known)
+    start = right - mean * free * _weighted(WEIGHTS, 1 - free)
+    scale = _sum(right * right)
+    target = TOLERANCE**2 * jnp.where(scale > 0, scale, _sum(start * start))
 
     def unfinished(state):
-        step, _, residual, _, _ = state
-        return (step < MAX_ITERATIONS) & jnp.any(_dot(residual, residual) > target)
+        step, _, _, norm, _, _ = state
+        return (step < MAX_ITERATIONS) & jnp.any(norm > target)
 
     def iterate(state):
-        step, x, residual, direction, previous = state
+        step, x, residual, norm, direction, previous = state
         correction = _v_cycle(levels, residual)
-        current = _dot(residual, correction)
+        current = _sum(residual * correction)
         direction = correction + _ratio(current, previous) * direction
-        image = apply(direction)
-        length = _ratio(current, _dot(direction, image))
-        length = jnp.where(_dot(residual, residual) > target, length, 0)
-        return step + 1, x + length * direction, residual - length * image, direction, current
+        change = levels[0].apply(direction)
+        length = jnp.where(norm > target, _ratio(current, _sum(direction * change)), 0)
+        x, residual = x + length * direction, residual - length * change
+        return step + 1, x, residual, _sum(residual * residual), direction, current
 
-    residual = free * _neighbour_sum(centred)
-    zero = jnp.zeros_like(residual)
-    state = (0, zero, residual, zero, jnp.zeros_like(target))
-    return lax.while_loop(unfinished, iterate, state)[1]
+    zero = jnp.zeros_like(start)
+    state = (0, zero, start, _sum(start * start), zero, jnp.zeros_like(target))
+    return mean + lax.while_loop(unfinished, iterate, state)[1]
 
 
 class Level(NamedTuple):
@@ -134,17 +135,17 @@ class Level(NamedTuple):
 
 def _hierarchy(free: jax.Array) -> Sequence[Level]:
     """Grids from the image down to 3 x 3, each the Galerkin projection of the one before."""
-    weights_inside = _neighbour_sum(jnp.ones_like(free))
+    diagonal = free * _weighted(WEIGHTS, jnp.ones_like(free))
     fields = [
         [-weight * free * shifted for weight, shifted in zip(*row)]
         for row in zip(WEIGHTS, _shifts(free))
     ]
-    fields[1][1] = free * weights_inside
+    fields[1][1] = diagonal
     levels = [Level(_laplacian(free), _relaxation(fields))]
     while max(fields[1][1].shape[2:]) > 3:
         by_rows = [_galerkin(*column, axis=2) for column in zip(*fields)]  # [column][row]
         fields = [_galerkin(*row, axis=3) for row in zip(*by_rows)]
-        levels.append(Level(_stencil(fields), _relaxation(fields)))
+        levels.append(Level(partial(_weighted, fields), _relaxation(fields)))
     return levels
 
 
@@ -163,10 +164,10 @@ def _v_cycle(levels: Sequence[Level], residual: jax.Array) -> jax.Array:
 
 
 def _relaxation(fields: Fields) -> jax.Array:
-    """1 / d with 2 d >= 2 / 1.8 * sum_j |a_ij|, for which Jacobi sweeps always converge.
+    """Factors of Jacobi sweeps that converge on every grid: 1 / max(a_ii, sum_j |a_ij| / 1.8).
 
-    Without the sum, coarse grids around isolated pixels diverge; above the diagonal, it is the
-    usual damping (0.9) of the smoother.
+    Inside a hole, the sum is twice the diagonal: this is the usual damping, by 0.9. Around
+    isolated pixels, coarse grids have larger sums, and damping by the diagonal alone diverges.
     """
     diagonal = fields[1][1]
     total = sum(jnp.abs(field) for row in fields for field in row)
@@ -175,22 +176,13 @@ def _relaxation(fields: Fields) -> jax.Array:
 
 def _laplacian(free: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """A of the image's own grid; expects (and gives) 0 at known pixels."""
-    diagonal = free * _neighbour_sum(jnp.ones_like(free))
-    return lambda x: diagonal * x - free * _neighbour_sum(x)
+    diagonal = free * _weighted(WEIGHTS, jnp.ones_like(free))
+    return lambda x: diagonal * x - free * _weighted(WEIGHTS, x)
 
 
-def _stencil(fields: Fields) -> Callable[[jax.Array], jax.Array]:
-    def apply(x):
-        terms = (f * s for row in zip(fields, _shifts(x)) for f, s in zip(*row))
-        return sum(terms)
-
-    return apply
-
-
-def _neighbour_sum(x: jax.Array) -> jax.Array:
-    """Sum of the eight neighbours, times `WEIGHTS`."""
-    (nw, n, ne), (w, _, e), (sw, s, se) = _shifts(x)
-    return ((nw + ne) + (sw + se)) + 2 * ((n + s) + (w + e))
+def _weighted(fields: Fields, x: jax.Array) -> jax.Array:
+    """Sum of each pixel and its eight neighbours, times the coefficients of a stencil."""
+    return sum(f * s for row in zip(fields, _shifts(x)) for f, s in zip(*row))
 
 
 def _shifts(x: jax.Array) -> list[list[jax.Array]]:
@@ -246,9 +238,9 @@ def _galerkin(lower: jax.Array, centre: jax.Array, upper: jax.Array, axis: int) 
     ]
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+def _sum(x: jax.Array) -> jax.Array:
     """Per image and channel: [B, C, 1, 1]."""
-    return jnp.sum(a * b, axis=(2, 3), keepdims=True)
+    return x.sum((2, 3), keepdims=True)
 
 
 def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
