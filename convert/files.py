@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes  # noqa: F401  makes bfloat16 known to NumPy, and so to safetensors
 import numpy as np
@@ -59,25 +61,69 @@ def converted_pth(path: Path) -> Path:
 
 
 def _read_pth(path: Path) -> Tensors:
-    try:
-        import torch
-    except ImportError:
-        raise ImportError(f"reading {path} needs PyTorch once: {INSTALL}") from None
-    try:
-        # Only tensors and plain containers: whatever else a pickle asks for is refused, not run.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001  torch raises many types
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path} is not a plain state dict of tensors: {reason}") from None
+    state = read_torch(path)
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+    return numpy_state(checked_state(state, path))
+
+
+def read_torch(path: Path) -> Any:
+    """What a file of `torch.save` holds; nothing in it is run.
+
+    Tensors and plain containers come as they are. Whatever else the pickle names, such as the
+    classes of Lightning's callbacks, is neither imported nor called: an empty dict is put there.
+
+    Raises:
+      ValueError: the file is none of PyTorch's, is damaged, or cannot be read in this way.
+      ImportError: PyTorch is not installed.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise ImportError(f"reading {path} needs PyTorch: {INSTALL}") from None
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # noqa: BLE001  not of today's format; torch.load says what is wrong, if it is
+        names = []
+    try:
+        with torch.serialization.safe_globals([(_Nothing, name) for name in names]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001  torch raises many types
+        raise ValueError(f"{path} is not a plain checkpoint: {_reason(error)}") from None
+
+
+class _Nothing:
+    """Takes the place of a class or function that a pickle names: calling it gives {}."""
+
+    def __new__(cls, *args):
+        return OrderedDict()  # which torch.load lets the pickle fill
+
+
+def _reason(error: Exception) -> str:
+    """torch's own reason, without its advice to load the file unsafely."""
+    text = str(error)
+    detail = text.partition("WeightsUnpickler error: ")[2] or text
+    return (detail.strip() or type(error).__name__).partition("\n")[0]
+
+
+def checked_state(state: Any, path: Path) -> dict:
+    """A state dict, whose every value is a tensor.
+
+    Raises:
+      ValueError: it is none; the first wrong entry is named.
+    """
+    import torch
+
+    if not isinstance(state, dict) or not state:
         raise ValueError(
             f"{path} is not a plain state dict of tensors, nor has it one under "
             "'state_dict' or 'model'"
         )
-    return numpy_state(state)
+    for key, value in state.items():
+        if not torch.is_tensor(value):
+            raise ValueError(f"{path} is not a plain state dict of tensors: {key} is none")
+    return state
 
 
 def numpy_state(state: dict) -> Tensors:

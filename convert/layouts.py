@@ -1,7 +1,7 @@
 """Which PyTorch tensor is which Flax parameter: one table per family and layout.
 
 A table is a list of `Entry(torch_key, flax_path, transform)`, read in both directions by
-`convert.weights`. The tables follow the structure of the given backbone (depths, BatchNorm or
+`convert.weights`. The tables follow the structure of the given module (depths, BatchNorm or
 not), so that every variant of a family shares one.
 """
 
@@ -18,8 +18,8 @@ class Transform(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A tensor under both names. Without a Flax path it is BatchNorm's count of training
-    batches, which inference does not use: known, ignored, written as zero."""
+    """A tensor under both names. Without a Flax path the module here does not hold it: it is
+    known, ignored, and written as zero."""
 
     torch_key: str
     flax_path: str | None
@@ -60,11 +60,9 @@ def layer_norm(torch: str, flax: str) -> Table:
 
 
 def batch_norm(torch: str, flax: str) -> Table:
-    names = {"running_mean": "mean", "running_var": "var"}
+    names = {"running_mean": "mean", "running_var": "var", "num_batches_tracked": "count"}
     statistics = [Entry(f"{torch}.{t}", f"{flax}.{f}", SAME) for t, f in names.items()]
-    return (
-        layer_norm(torch, flax) + statistics + [Entry(f"{torch}.num_batches_tracked", None, SAME)]
-    )
+    return layer_norm(torch, flax) + statistics
 
 
 def _vgg_features(backbone) -> Table:
@@ -99,8 +97,24 @@ def _vgg_timm(backbone) -> Table:
     )
 
 
-def _resnet(backbone) -> Table:
-    table = weights("conv1", "conv1", CONV, bias=False) + batch_norm("bn1", "bn1")
+def _resnet_torchvision(backbone) -> Table:
+    return _resnet(backbone, "conv1", "bn1", "downsample.0", "downsample.1")
+
+
+def _resnet_timm(backbone) -> Table:
+    # A stem of several convolutions is one flat list: convolution, norm, ReLU, convolution, ...
+    table = []
+    for i in range(len(backbone.stem)):
+        table += weights(f"conv1.{3 * i}", f"stem.{i}.conv", CONV, bias=False)
+        table += batch_norm(f"conv1.{3 * i + 1}", f"stem.{i}.bn")
+    last = f"conv1.{3 * len(backbone.stem)}" if backbone.stem else "conv1"
+    pooled = int(backbone.variant.average_down)  # pooling comes first in the shortcut's list
+    downsample = (f"downsample.{pooled}", f"downsample.{pooled + 1}")
+    return table + _resnet(backbone, last, "bn1", *downsample)
+
+
+def _resnet(backbone, conv1: str, bn1: str, down_conv: str, down_norm: str) -> Table:
+    table = weights(conv1, "conv1", CONV, bias=False) + batch_norm(bn1, "bn1")
     for i, layer in enumerate(backbone.layers, 1):
         for j, block in enumerate(layer):
             torch, flax = f"layer{i}.{j}", f"layers.{i - 1}.{j}"
@@ -108,9 +122,9 @@ def _resnet(backbone) -> Table:
                 table += weights(f"{torch}.conv{k}", f"{flax}.conv{k}", CONV, bias=False)
                 table += batch_norm(f"{torch}.bn{k}", f"{flax}.bn{k}")
             if block.downsample is not None:
-                torch, flax = f"{torch}.downsample", f"{flax}.downsample"
-                table += weights(f"{torch}.0", f"{flax}.conv", CONV, bias=False)
-                table += batch_norm(f"{torch}.1", f"{flax}.bn")
+                flax = f"{flax}.downsample"
+                table += weights(f"{torch}.{down_conv}", f"{flax}.conv", CONV, bias=False)
+                table += batch_norm(f"{torch}.{down_norm}", f"{flax}.bn")
     return table + weights("fc", "fc", LINEAR)
 
 
@@ -146,27 +160,53 @@ def _vit_torchvision(backbone) -> Table:
 
 
 def _vit_timm(backbone) -> Table:
+    variant = backbone.variant
     table = [
-        Entry("cls_token", "cls_token", SAME),
+        *[Entry("cls_token", "cls_token", SAME)] * variant.class_token,
+        *[Entry("reg_token", "reg_token", SAME)] * (variant.registers > 0),
         Entry("pos_embed", "pos_embed", SAME),
-        *weights("patch_embed.proj", "patch_embed", CONV),
+        *weights("patch_embed.proj", "patch_embed", CONV, bias=variant.patch_bias),
     ]
+    if variant.pre_norm:
+        table += layer_norm("norm_pre", "pre_norm")
     for i in range(len(backbone.blocks)):
         block = f"blocks.{i}"
         for name in ("norm1", "norm2"):
             table += layer_norm(f"{block}.{name}", f"{block}.{name}")
-        for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+        table += weights(f"{block}.attn.qkv", f"{block}.attn.qkv", LINEAR, bias=variant.qkv_bias)
+        for name in ("attn.proj", "mlp.fc1", "mlp.fc2"):
             table += weights(f"{block}.{name}", f"{block}.{name}", LINEAR)
-    return table + layer_norm("norm", "norm") + weights("head", "head", LINEAR)
+        if variant.layer_scale:
+            table += [Entry(f"{block}.ls{k}.gamma", f"{block}.scale{k}", SAME) for k in (1, 2)]
+    norm = "fc_norm" if variant.norm_after_pool else "norm"
+    return table + layer_norm(norm, "norm") + weights("head", "head", LINEAR)
 
 
-LAYOUTS: dict[str, dict[str, Callable[[Any], Table]]] = {
+def attention_table(attention) -> Table:
+    """The attention mechanism in the authors' code, under `generic.attn_mech.` there (for a ViT
+    `generic.attn_mech.1.`). Its BatchNorms count the training steps, which a run knows."""
+    if not attention.branches:
+        return weights("op", "fusion", LINEAR_AS_CONV)
+    table = []
+    for i, branch in enumerate(attention.branches):
+        table += weights(f"convs.{i}", f"branches.{i}.conv", LINEAR_AS_CONV)
+        if branch.norm is not None:
+            *norm, count = batch_norm(f"bns.{i}", f"branches.{i}.norm")
+            table += [*norm, count._replace(flax_path=None)]
+    return table + weights("fuser", "fusion", LINEAR_AS_CONV)
+
+
+_LAYOUTS: dict[str, dict[str, Callable[[Any], Table]]] = {
     "VGG": {"torchvision": _vgg_torchvision, "timm": _vgg_timm},
-    "ResNet": {"torchvision": _resnet, "timm": _resnet},
+    "ResNet": {"torchvision": _resnet_torchvision, "timm": _resnet_timm},
     "SqueezeNet": {"torchvision": _squeezenet},
     "ViT": {"torchvision": _vit_torchvision, "timm": _vit_timm},
 }
-"""Tables by family (the backbone's class) and layout."""
+
+
+def backbone_tables(backbone) -> dict[str, Table]:
+    """The backbone's table in every layout of its family, by the layout's name."""
+    return {name: table(backbone) for name, table in _LAYOUTS[type(backbone).__name__].items()}
 
 
 def current_key(key: str) -> str:

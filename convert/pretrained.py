@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from . import timm_models
 from .files import INSTALL, cached, numpy_state
 from .torch_import import import_torchvision
 
@@ -101,17 +102,9 @@ def timm_weights(name: str, model: str | None = None) -> tuple[Path, dict[str, A
 
 def read_card(card: dict[str, Any]) -> dict[str, Any]:
     """Classes and preprocessing from the `config.json` of a timm model on the hub."""
-    pretrained = card["pretrained_cfg"]
-    image_size = pretrained["input_size"][-1]
     return {
         "num_classes": card["num_classes"],
-        "preprocessing": {
-            "image_size": image_size,
-            "resize_size": int(image_size / pretrained["crop_pct"]),
-            "interpolation": pretrained["interpolation"],
-            "mean": pretrained["mean"],
-            "std": pretrained["std"],
-        },
+        "preprocessing": timm_models.preprocessing(card["pretrained_cfg"]),
     }
 
 

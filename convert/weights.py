@@ -6,9 +6,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from .layouts import LAYOUTS, SAME, Entry, Table, current_key
+from .layouts import SAME, Entry, Table, backbone_tables, current_key
 
 Tensors = dict[str, np.ndarray]
+
+BODY = "generic.body."
+"""Before the backbone's keys in a checkpoint of the authors' code; other keys are not its own."""
 
 
 def parameters(backbone) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
@@ -17,41 +20,81 @@ def parameters(backbone) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
     return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
-def to_torch(backbone, layout: str) -> Tensors:
-    """The backbone's state dict in the layout "torchvision" or "timm", float32.
-
-    Raises:
-      ValueError: the family does not exist in that layout.
-    """
-    layouts = LAYOUTS[type(backbone).__name__]
-    if layout not in layouts:
-        raise ValueError(f"{backbone.name} has no layout {layout!r}, only {', '.join(layouts)}")
-    values = parameters(backbone)
+def layouts(backbone) -> dict[str, Table]:
+    """The tables, by layout, that hold all of the backbone: what timm refines, torchvision lacks."""
+    paths = parameters(backbone).keys()
     return {
-        key: np.zeros((), np.int64)
-        if path is None
-        else np.ascontiguousarray(transform.to_torch(np.asarray(values[path])))
-        for key, path, transform in layouts[layout](backbone)
+        name: table
+        for name, table in backbone_tables(backbone).items()
+        if {entry.flax_path for entry in table} == paths
     }
 
 
+def to_torch(backbone, layout: str) -> Tensors:
+    """The backbone's state dict in the layout "torchvision" or "timm".
+
+    Raises:
+      ValueError: the backbone does not exist in that layout.
+    """
+    tables = layouts(backbone)
+    if layout not in tables:
+        raise ValueError(f"{backbone.name} has no layout {layout!r}, only {', '.join(tables)}")
+    return export(backbone, tables[layout])
+
+
+def shapes(backbone, layout: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the backbone's state dict (an abstract one's too) in a layout."""
+    values = parameters(backbone)
+    return {
+        key: jax.eval_shape(transform.to_torch, values[path]).shape
+        for key, path, transform in backbone_tables(backbone)[layout]
+    }
+
+
+def export(module: nnx.Module, table: Table) -> Tensors:
+    """A module's state dict by a table: float32, and int64 for counters."""
+    values = parameters(module)
+    return {
+        key: np.zeros((), np.int64)
+        if path is None
+        else _torch_type(np.asarray(transform.to_torch(np.asarray(values[path])), order="C"))
+        for key, path, transform in table
+    }
+
+
+def _torch_type(value: np.ndarray) -> np.ndarray:
+    return value.astype(np.int64) if value.dtype.kind == "i" else value
+
+
 def to_flax(backbone, tensors: Mapping[str, np.ndarray], source: str = "weights") -> Tensors:
-    """A state dict as float32 arrays by Flax path, complete for `backbone`.
+    """A state dict as arrays by Flax path, complete for `backbone`.
 
     Args:
       backbone: gives structure and shapes; an abstract one (`nnx.eval_shape`) will do.
       tensors: in torchvision's, timm's or our own layout, which is recognised from the keys;
-        a prefix `module.` or `model.` on every key is dropped.
+        a prefix `module.`, `model.` or `generic.body.` is dropped.
       source: what to call the tensors in an error.
 
     Raises:
       ValueError: naming the tensors that are missing, left over or of another shape.
     """
     tensors = _plain_keys(tensors, source)
-    needed = parameters(backbone)
-    table = _recognise(backbone, needed, tensors, source)
+    table = _recognise(backbone, tensors, source)
+    return import_(backbone, table, tensors, f"{source} does not fit {backbone.name}")
+
+
+def import_(module: nnx.Module, table: Table, tensors: Tensors, misfit: str) -> Tensors:
+    """A state dict as arrays by Flax path, complete for `module`, by a table.
+
+    Floating-point tensors become float32; a counter that is not there is zero.
+
+    Raises:
+      ValueError: beginning with `misfit`, and naming the tensors that are missing, left over
+        or of another shape.
+    """
+    needed = parameters(module)
     known = {entry.torch_key for entry in table}
-    missing = [e.torch_key for e in table if e.flax_path and e.torch_key not in tensors]
+    missing = [e.torch_key for e in table if e.torch_key not in tensors and not _counts(e, needed)]
     extra = [key for key in tensors if key not in known]
     if missing or extra:
         problems = [
@@ -59,18 +102,26 @@ def to_flax(backbone, tensors: Mapping[str, np.ndarray], source: str = "weights"
             for kind, keys in (("lacks", missing), ("has unknown", extra))
             if keys
         ]
-        raise ValueError(f"{source} does not fit {backbone.name}: it {' and '.join(problems)}")
+        raise ValueError(f"{misfit}: it {' and '.join(problems)}")
+    zero = np.zeros((), np.int32)
     return {
         entry.flax_path: _cross(
-            backbone, entry, tensors[entry.torch_key], needed[entry.flax_path], source
+            module, entry, tensors.get(entry.torch_key, zero), needed[entry.flax_path], misfit
         )
         for entry in table
         if entry.flax_path
     }
 
 
+def _counts(entry: Entry, needed: Mapping) -> bool:
+    """Whether it is a BatchNorm's count of batches, which older files lack."""
+    return entry.flax_path is None or needed[entry.flax_path].dtype == np.int32
+
+
 def _plain_keys(tensors: Mapping[str, np.ndarray], source: str) -> Tensors:
-    for prefix in ("module.", "model."):
+    if any(key.startswith(BODY) for key in tensors):
+        tensors = {key: value for key, value in tensors.items() if key.startswith(BODY)}
+    for prefix in ("module.", "model.", BODY):
         if tensors and all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     plain = {current_key(key): value for key, value in tensors.items()}
@@ -80,11 +131,10 @@ def _plain_keys(tensors: Mapping[str, np.ndarray], source: str) -> Tensors:
     return plain
 
 
-def _recognise(backbone, needed: Mapping, tensors: Tensors, source: str) -> Table:
+def _recognise(backbone, tensors: Tensors, source: str) -> Table:
     """The table that shares most keys with the tensors."""
-    layouts = LAYOUTS[type(backbone).__name__]
-    tables = [table(backbone) for table in layouts.values()]
-    tables.append([Entry(path, path, SAME) for path in needed])
+    ours = [Entry(path, path, SAME) for path in parameters(backbone)]
+    tables = [*layouts(backbone).values(), ours]
     shared = [sum(entry.torch_key in tensors for entry in table) for table in tables]
     if not any(shared):
         raise ValueError(
@@ -94,20 +144,19 @@ def _recognise(backbone, needed: Mapping, tensors: Tensors, source: str) -> Tabl
     return tables[int(np.argmax(shared))]
 
 
-def _cross(backbone, entry: Entry, tensor: np.ndarray, needed, source: str) -> np.ndarray:
+def _cross(module, entry: Entry, tensor: np.ndarray, needed, misfit: str) -> np.ndarray:
     key, path, transform = entry
+    fit = getattr(module, "fit_tensor", lambda _, value: value)
     try:
-        value = backbone.fit_tensor(path, transform.to_flax(tensor.astype(np.float32, copy=False)))
+        value = fit(path, transform.to_flax(tensor.astype(needed.dtype, copy=False)))
     except ValueError:  # a transform that cannot even be applied to this shape
         value = None
     if value is not None and value.shape == needed.shape:
         return value
     shape = jax.eval_shape(transform.to_torch, jax.ShapeDtypeStruct(needed.shape, np.float32)).shape
-    line = (
-        f"{source} does not fit {backbone.name}: {key} has shape {list(tensor.shape)}, "
-        f"needed is {list(shape)}"
-    )
-    if backbone.num_classes == shape[0] and tensor.shape[1:] == shape[1:]:
+    line = f"{misfit}: {key} has shape {list(tensor.shape)}, needed is {list(shape)}"
+    classes = getattr(module, "num_classes", None)
+    if shape and classes == shape[0] and tensor.shape[1:] == shape[1:]:
         line += f"; for a classifier of {len(tensor)} classes pass num_classes={len(tensor)}"
     raise ValueError(line)
 

@@ -46,7 +46,8 @@ def test_features_have_the_promised_shapes_and_types(name, config):
     assert logits.shape == (2, 7) and logits.dtype == jnp.float32
     assert tuple(feature.shape[1:] for feature in features) == backbone.feature_shapes()
     assert {feature.dtype for feature in features} == {jnp.dtype("bfloat16")}
-    assert {value.dtype for value in parameters(backbone).values()} == {jnp.dtype("float32")}
+    params = jax.tree.leaves(nnx.state(backbone, nnx.Param))
+    assert {value.dtype for value in params} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize(("name", "config"), SMALL)
@@ -108,7 +109,7 @@ def test_unusable_images_are_refused_in_one_line(name, config, shape, message, a
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("vgg17", {}, "unknown backbone 'vgg17'; there are vgg11, "),
+        ("vgg17", {}, "unknown backbone 'vgg17'; there are vgg11, .* and timm:MODEL"),
         ("resnet18", {"features": "norm"}, "resnet18 has no option features; it has dtype, "),
         ("vgg11", {"features": "block"}, "features of vgg11 are 'pool' or 'conv', not 'block'"),
         ("vit", {"features": "pool"}, "features of vit are 'block' or 'norm', not 'pool'"),

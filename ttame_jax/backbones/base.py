@@ -53,6 +53,7 @@ class Backbone(nnx.Module):
       masking: how the paper masks this classifier's input with a mask E (Sec. III-C):
         "pixel", |E * I| with |.| the standardisation, or "standardised", E * |I|.
       min_size: smallest height and width of an input, in pixels.
+      architecture: the family's `Variant`, where the name does not tell it (timm's models).
     """
 
     masking: ClassVar[Masking] = "pixel"
@@ -65,6 +66,7 @@ class Backbone(nnx.Module):
         preprocessing: Preprocessing,
         image_size: int | None,
         dtype: DTypeLike,
+        architecture: Any = None,
     ):
         if image_size is not None and image_size != preprocessing.image_size:
             preprocessing = preprocessing.resized(image_size)
@@ -72,6 +74,7 @@ class Backbone(nnx.Module):
         self.num_classes = num_classes
         self.preprocessing = preprocessing
         self.dtype = jnp.dtype(dtype)
+        self.architecture = architecture
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Logits and feature maps of standardised images.
@@ -114,7 +117,12 @@ class Backbone(nnx.Module):
     @property
     def config(self) -> Mapping[str, Any]:
         """What `load_backbone` needs besides the name to build this classifier again (JSON)."""
-        return {"num_classes": self.num_classes, "preprocessing": asdict(self.preprocessing)}
+        config = {"num_classes": self.num_classes, "preprocessing": asdict(self.preprocessing)}
+        if self.architecture is not None:
+            own = asdict(self.architecture).items()
+            described = {key: value for key, value in own if key not in config}
+            config["architecture"] = {"family": type(self).__name__, **described}
+        return config
 
     def fit_tensor(self, path: str, tensor: Any) -> Any:
         """A stored tensor, adapted to this classifier's input size where that is defined."""

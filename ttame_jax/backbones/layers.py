@@ -13,7 +13,8 @@ Conv = partial(nnx.Conv, kernel_init=nnx.initializers.he_normal())
 class FrozenBatchNorm(nnx.Module):
     """BatchNorm that only ever uses its running statistics, whatever mode the module is put in.
 
-    The statistics are applied in float32; the output has the input's shape and dtype.
+    The statistics are applied in float32; the output has the input's shape and dtype. `count`,
+    the batches that made the statistics, serves only the way back to PyTorch.
     """
 
     def __init__(self, num_features: int, *, epsilon: float = 1e-5):
@@ -21,6 +22,7 @@ class FrozenBatchNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(num_features))
         self.mean = nnx.BatchStat(jnp.zeros(num_features))
         self.var = nnx.BatchStat(jnp.ones(num_features))
+        self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:

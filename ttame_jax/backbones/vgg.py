@@ -1,5 +1,6 @@
 """VGG (Simonyan and Zisserman, 2015, arXiv:1409.1556), with and without BatchNorm."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import jax
@@ -10,14 +11,26 @@ from jax.typing import DTypeLike
 from .base import IMAGENET, Backbone, Preprocessing
 from .layers import Conv, FrozenBatchNorm, adaptive_average_pool
 
+
+@dataclass(frozen=True)
+class Variant:
+    """Convolutions in each stage (a max-pool ends it), with or without BatchNorm."""
+
+    depths: tuple[int, int, int, int, int]
+    batch_norm: bool = False
+
+
 DEPTHS = {
     "vgg11": (1, 1, 2, 2, 2),
     "vgg13": (2, 2, 2, 2, 2),
     "vgg16": (2, 2, 3, 3, 3),
     "vgg19": (2, 2, 4, 4, 4),
 }
-VARIANTS = {name + norm: depths for name, depths in DEPTHS.items() for norm in ("", "_bn")}
-"""Convolutions in each stage; a max-pool ends the stage."""
+VARIANTS = {
+    name + suffix: Variant(depths, batch_norm)
+    for name, depths in DEPTHS.items()
+    for suffix, batch_norm in (("", False), ("_bn", True))
+}
 
 WIDTHS = (64, 128, 256, 512, 512)
 GRID = 7  # the classifier reads a grid of 7x7 whatever the input size
@@ -49,20 +62,22 @@ class VGG(Backbone):
         preprocessing: Preprocessing = IMAGENET,
         image_size: int | None = None,
         features: Literal["pool", "conv"] = "pool",
+        architecture: Variant | None = None,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         if features not in ("pool", "conv"):
             raise ValueError(f"features of {name} are 'pool' or 'conv', not {features!r}")
-        super().__init__(name, num_classes, preprocessing, image_size, dtype)
+        super().__init__(name, num_classes, preprocessing, image_size, dtype, architecture)
         self.features = features
+        self.variant = variant = architecture or VARIANTS[name]
         options = {"dtype": self.dtype, "rngs": rngs}
         in_features = 3
         self.stages = nnx.List()
-        for depth, width in zip(VARIANTS[name], WIDTHS):
+        for depth, width in zip(variant.depths, WIDTHS):
             stage = nnx.List()
             for _ in range(depth):
-                stage.append(ConvBlock(in_features, width, name.endswith("_bn"), **options))
+                stage.append(ConvBlock(in_features, width, variant.batch_norm, **options))
                 in_features = width
             self.stages.append(stage)
         self.fc1 = nnx.Linear(in_features * GRID**2, 4096, **options)

@@ -1,4 +1,5 @@
-"""Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929), class-token classifier."""
+"""Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929) with timm's plain refinements:
+register tokens, no class token, LayerScale, CLIP's first LayerNorm."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,10 +16,24 @@ from .base import IMAGENET, Backbone, Preprocessing
 
 @dataclass(frozen=True)
 class Variant:
+    """Sizes, and what timm's models differ in; the defaults are the original's (ViT-S)."""
+
     patch_size: int = 16
     width: int = 384
     depth: int = 12
     num_heads: int = 6
+    mlp_width: int | None = None  # None: four times the width
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    epsilon: float = 1e-6  # of every LayerNorm
+    qkv_bias: bool = True
+    patch_bias: bool = True
+    class_token: bool = True
+    registers: int = 0  # further tokens between the class token and the patches
+    embed_prefix: bool = True  # class token and registers have position embeddings too
+    pre_norm: bool = False  # a LayerNorm before the first block
+    layer_scale: bool = False  # a learned factor a channel on each residual branch
+    pool: Literal["token", "average"] = "token"  # what the head reads: class token or patches
+    norm_after_pool: bool = False
     num_classes: int = 1000
     preprocessing: Preprocessing = IMAGENET
 
@@ -48,8 +63,8 @@ ARCHITECTURE = ("patch_size", "width", "depth", "num_heads")  # what only the fr
 class Attention(nnx.Module):
     """Multi-head self-attention, [B, N, D] -> [B, N, D]."""
 
-    def __init__(self, width: int, num_heads: int, **options):
-        self.qkv = nnx.Linear(width, 3 * width, **options)
+    def __init__(self, width: int, num_heads: int, qkv_bias: bool = True, **options):
+        self.qkv = nnx.Linear(width, 3 * width, use_bias=qkv_bias, **options)
         self.proj = nnx.Linear(width, width, **options)
         self.num_heads = num_heads
 
@@ -60,30 +75,46 @@ class Attention(nnx.Module):
         return self.proj(x.reshape(batch, tokens, width))
 
 
-class MLP(nnx.Module):
-    """[B, N, D] -> [B, N, D], four times as wide inside, exact GELU."""
+ACTIVATIONS = {
+    "gelu": lambda x: nnx.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * nnx.sigmoid(1.702 * x),
+}
 
-    def __init__(self, width: int, **options):
-        self.fc1 = nnx.Linear(width, 4 * width, **options)
-        self.fc2 = nnx.Linear(4 * width, width, **options)
+
+class MLP(nnx.Module):
+    """[B, N, D] -> [B, N, D], wider inside."""
+
+    def __init__(self, variant: Variant, **options):
+        inner = variant.mlp_width or 4 * variant.width
+        self.fc1 = nnx.Linear(variant.width, inner, **options)
+        self.fc2 = nnx.Linear(inner, variant.width, **options)
+        self.activation = variant.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(nnx.gelu(self.fc1(x), approximate=False))
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
 
 class Block(nnx.Module):
     """Encoder block, [B, N, D] -> (output, first LayerNorm's output), both [B, N, D]."""
 
-    def __init__(self, width: int, num_heads: int, **options):
-        self.norm1 = nnx.LayerNorm(width, **options)
-        self.attn = Attention(width, num_heads, **options)
-        self.norm2 = nnx.LayerNorm(width, **options)
-        self.mlp = MLP(width, **options)
+    def __init__(self, variant: Variant, **options):
+        width, epsilon = variant.width, variant.epsilon
+        self.norm1 = nnx.LayerNorm(width, epsilon=epsilon, **options)
+        self.attn = Attention(width, variant.num_heads, variant.qkv_bias, **options)
+        self.norm2 = nnx.LayerNorm(width, epsilon=epsilon, **options)
+        self.mlp = MLP(variant, **options)
+        self.scale1, self.scale2 = (
+            nnx.Param(jnp.ones(width)) if variant.layer_scale else None for _ in range(2)
+        )
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         normed = self.norm1(x)
-        x = x + self.attn(normed)
-        return x + self.mlp(self.norm2(x)), normed
+        x = x + _scaled(self.attn(normed), self.scale1)
+        return x + _scaled(self.mlp(self.norm2(x)), self.scale2), normed
+
+
+def _scaled(x: jax.Array, scale: nnx.Param | None) -> jax.Array:
+    return x if scale is None else x * scale[...].astype(x.dtype)
 
 
 class ViT(Backbone):
@@ -108,22 +139,24 @@ class ViT(Backbone):
         width: int | None = None,
         depth: int | None = None,
         num_heads: int | None = None,
+        architecture: Variant | None = None,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         if features not in ("block", "norm"):
             raise ValueError(f"features of {name} are 'block' or 'norm', not {features!r}")
         sizes = (patch_size, width, depth, num_heads)
-        architecture = {k: size for k, size in zip(ARCHITECTURE, sizes) if size is not None}
-        if architecture and name != "vit":
-            raise ValueError(f"{name} has a fixed {', '.join(architecture)}; use the free 'vit'")
-        variant = replace(VARIANTS[name], **architecture)
+        chosen = {k: size for k, size in zip(ARCHITECTURE, sizes) if size is not None}
+        if chosen and name != "vit":
+            raise ValueError(f"{name} has a fixed {', '.join(chosen)}; use the free 'vit'")
+        variant = replace(architecture or VARIANTS[name], **chosen)
         super().__init__(
             name,
             num_classes or variant.num_classes,
             preprocessing or variant.preprocessing,
             image_size,
             dtype,
+            architecture,
         )
         width, patch = variant.width, variant.patch_size
         size = self.preprocessing.image_size
@@ -135,34 +168,72 @@ class ViT(Backbone):
         self.variant = variant
         self.features = features
         self.side = size // patch
+        self.prefix = variant.class_token + variant.registers  # tokens before the patches
         options = {"dtype": self.dtype, "rngs": rngs}
-        normal = nnx.initializers.normal(0.02)
+        norm_options = {**options, "epsilon": variant.epsilon}
+
+        def tokens(count: int) -> nnx.Param | None:
+            normal = nnx.initializers.normal(0.02)
+            return nnx.Param(normal(rngs.params(), (1, count, width))) if count else None
+
         self.patch_embed = nnx.Conv(
-            3, width, (patch, patch), strides=patch, padding="VALID", **options
+            3,
+            width,
+            (patch, patch),
+            strides=patch,
+            padding="VALID",
+            use_bias=variant.patch_bias,
+            **options,
         )
-        self.cls_token = nnx.Param(normal(rngs.params(), (1, 1, width)))
-        self.pos_embed = nnx.Param(normal(rngs.params(), (1, 1 + self.side**2, width)))
-        self.blocks = nnx.List(
-            [Block(width, variant.num_heads, **options) for _ in range(variant.depth)]
-        )
-        self.norm = nnx.LayerNorm(width, **options)
+        self.cls_token = tokens(int(variant.class_token))
+        self.reg_token = tokens(variant.registers)
+        self.pos_embed = tokens(self.embedded_prefix + self.side**2)
+        self.pre_norm = nnx.LayerNorm(width, **norm_options) if variant.pre_norm else None
+        self.blocks = nnx.List([Block(variant, **options) for _ in range(variant.depth)])
+        self.norm = nnx.LayerNorm(width, **norm_options)
         self.head = nnx.Linear(width, self.num_classes, dtype=jnp.float32, rngs=rngs)
 
+    @property
+    def embedded_prefix(self) -> int:
+        """How many tokens before the patches have a position embedding."""
+        return self.prefix if self.variant.embed_prefix else 0
+
     def forward(self, x):
-        batch = len(x)
-        x = self.patch_embed(x).reshape(batch, self.side**2, -1)
-        cls_token = jnp.broadcast_to(self.cls_token[...], (batch, 1, x.shape[-1]))
-        x = jnp.concatenate([cls_token.astype(self.dtype), x], axis=1)
-        x = x + self.pos_embed[...].astype(self.dtype)
+        x = self.embed(x)
         features = []
         for block in self.blocks:
             x, normed = block(x)
             features.append(self.feature_map(x if self.features == "block" else normed))
-        return self.head(self.norm(x[:, 0])), tuple(features[-3:])
+        return self.head(self.pooled(x)), tuple(features[-3:])
+
+    def embed(self, x: jax.Array) -> jax.Array:
+        """Images [B, H, W, 3] -> tokens [B, prefix + N, D]: class token, registers, patches."""
+        batch = len(x)
+        x = self.patch_embed(x).reshape(batch, self.side**2, -1)
+        extra = [
+            jnp.broadcast_to(token[...], (batch, *token.shape[1:])).astype(self.dtype)
+            for token in (self.cls_token, self.reg_token)
+            if token is not None
+        ]
+        positions = self.pos_embed[...].astype(self.dtype)
+        if self.variant.embed_prefix:
+            x = jnp.concatenate([*extra, x], axis=1) + positions
+        else:
+            x = jnp.concatenate([*extra, x + positions], axis=1)
+        return x if self.pre_norm is None else self.pre_norm(x)
+
+    def pooled(self, x: jax.Array) -> jax.Array:
+        """Tokens [B, prefix + N, D] -> what the head reads, [B, D]."""
+        if self.variant.pool == "token":
+            return self.norm(x[:, 0])
+        patches = x[:, self.prefix :]
+        if self.variant.norm_after_pool:
+            return self.norm(patches.mean(axis=1))
+        return self.norm(patches).mean(axis=1)
 
     def feature_map(self, tokens: jax.Array) -> jax.Array:
-        """[B, 1 + N, D] -> [B, sqrt N, sqrt N, D]: the class token is dropped."""
-        return tokens[:, 1:].reshape(len(tokens), self.side, self.side, -1)
+        """[B, prefix + N, D] -> [B, sqrt N, sqrt N, D]: only patches have a place."""
+        return tokens[:, self.prefix :].reshape(len(tokens), self.side, self.side, -1)
 
     def check_size(self, height, width):
         size = self.preprocessing.image_size
@@ -179,22 +250,24 @@ class ViT(Backbone):
         return {**super().config, **{k: getattr(self.variant, k) for k in ARCHITECTURE}}
 
     def fit_tensor(self, path, tensor):
-        return resample_pos_embed(tensor, self.side) if path == "pos_embed" else tensor
+        if path != "pos_embed":
+            return tensor
+        return resample_pos_embed(tensor, self.side, self.embedded_prefix)
 
 
-def resample_pos_embed(pos_embed: Any, side: int) -> Any:
-    """Position embeddings [1, 1 + n^2, D] -> [1, 1 + side^2, D] for another number of patches.
+def resample_pos_embed(pos_embed: Any, side: int, prefix: int = 1) -> Any:
+    """Position embeddings [1, prefix + n^2, D] -> [1, prefix + side^2, D], for other patch counts.
 
-    Antialiased bicubic interpolation of the patch grid; the class token's embedding is kept, as
+    Antialiased bicubic interpolation of the patch grid; the embeddings before it are kept, as
     in timm's `resample_abs_pos_embed`. Anything that is not such a square grid stays as it is.
     """
     if pos_embed.ndim != 3 or len(pos_embed) != 1:
         return pos_embed
-    count, width = pos_embed.shape[1] - 1, pos_embed.shape[2]
+    count, width = pos_embed.shape[1] - prefix, pos_embed.shape[2]
     old_side = isqrt(max(count, 0))
     if old_side == side or old_side**2 != count or count < 1:
         return pos_embed
     with jax.default_matmul_precision("highest"):
-        grid = jnp.asarray(pos_embed[:, 1:]).reshape(1, old_side, old_side, width)
+        grid = jnp.asarray(pos_embed[:, prefix:]).reshape(1, old_side, old_side, width)
         grid = jax.image.resize(grid, (1, side, side, width), "cubic", antialias=True)
-    return jnp.concatenate([pos_embed[:, :1], grid.reshape(1, side**2, width)], axis=1)
+    return jnp.concatenate([pos_embed[:, :prefix], grid.reshape(1, side**2, width)], axis=1)
