@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+import shutil
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,26 @@ def write_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str]) ->
     from ttame_jax.files import write_atomically
 
     write_atomically(path, save(tensors, metadata))
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes the name `path` only once all is written.
+
+    Raises:
+      ValueError: `path` is there already.
+    """
+    if path.exists():
+        raise ValueError(f"{path} is there already: choose another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def cache_dir() -> Path:
@@ -132,3 +154,10 @@ def numpy_state(state: dict) -> Tensors:
         key: (tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy()
         for key, tensor in state.items()
     }
+
+
+def torch_state(tensors: Tensors) -> dict:
+    """NumPy arrays as PyTorch tensors of their own."""
+    import torch
+
+    return {key: torch.from_numpy(np.array(value)) for key, value in tensors.items()}

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -80,10 +81,10 @@ def to_flax(backbone, tensors: Mapping[str, np.ndarray], source: str = "weights"
     """
     tensors = _plain_keys(tensors, source)
     table = _recognise(backbone, tensors, source)
-    return import_(backbone, table, tensors, f"{source} does not fit {backbone.name}")
+    return complete(backbone, table, tensors, f"{source} does not fit {backbone.name}")
 
 
-def import_(module: nnx.Module, table: Table, tensors: Tensors, misfit: str) -> Tensors:
+def complete(module: nnx.Module, table: Table, tensors: Tensors, misfit: str) -> Tensors:
     """A state dict as arrays by Flax path, complete for `module`, by a table.
 
     Floating-point tensors become float32; a counter that is not there is zero.
@@ -111,6 +112,14 @@ def import_(module: nnx.Module, table: Table, tensors: Tensors, misfit: str) -> 
         for entry in table
         if entry.flax_path
     }
+
+
+def fill(module: nnx.Module, tensors: Mapping[str, np.ndarray]) -> nnx.Module:
+    """The module (an abstract one too), its parameters now the given arrays by path."""
+    paths = [path for path, _ in nnx.to_flat_state(nnx.state(module))]
+    values = {path: jnp.asarray(tensors[".".join(map(str, path))]) for path in paths}
+    nnx.update(module, nnx.from_flat_state(values))
+    return module
 
 
 def _counts(entry: Entry, needed: Mapping) -> bool:

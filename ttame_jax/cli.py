@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from ttame_jax.errors import one_line_errors
 from ttame_jax.experiments.evaluate import EvaluateConfig, evaluate
 from ttame_jax.files import save_arrays
 from ttame_jax.training.config import TrainConfig, preset
@@ -127,7 +127,7 @@ def _train_command(default: TrainConfig):
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; a mistake in it ends with one line that says what to do."""
     args = list(sys.argv[1:] if args is None else args)
-    try:
+    with one_line_errors("ttame"):
         commands = {
             "train": _train_command(_preset_named_in(args)),
             "explain": explain,
@@ -141,10 +141,6 @@ def main(args: Sequence[str] | None = None) -> None:
             description="T-TAME: explanation maps for image classifiers in one forward pass.",
             args=args,
         )
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("TTAME_TRACEBACK"):
-            raise
-        sys.exit(f"ttame: {error} (TTAME_TRACEBACK=1 shows where)")
 
 
 def _preset_named_in(args: Sequence[str]) -> TrainConfig:

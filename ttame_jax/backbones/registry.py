@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -81,7 +80,7 @@ def load_backbone(
     elif name.startswith(TIMM):
         described = _described(name, config) | described
     abstract = nnx.eval_shape(lambda: _build(name, seed, described | config))
-    return _fill(abstract, convert_weights.to_flax(abstract, tensors, str(weights)))
+    return convert_weights.fill(abstract, convert_weights.to_flax(abstract, tensors, str(weights)))
 
 
 def save_backbone(backbone: Backbone, path: str | Path) -> None:
@@ -152,11 +151,3 @@ def _locate(name: str, weights: str | Path) -> tuple[Path, dict[str, Any]]:
     if path.suffix in (".pth", ".pt", ".ckpt"):
         return files.converted_pth(path), {}
     raise ValueError(f"{path} is no weights file: .safetensors, .pth, .pt and .ckpt are read")
-
-
-def _fill(abstract: Backbone, tensors: Mapping[str, Any]) -> Backbone:
-    """The backbone, its parameters now the given arrays."""
-    paths = [path for path, _ in nnx.to_flat_state(nnx.state(abstract))]
-    values = {path: jnp.asarray(tensors[".".join(map(str, path))]) for path in paths}
-    nnx.update(abstract, nnx.from_flat_state(values))
-    return abstract

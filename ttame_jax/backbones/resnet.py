@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from .base import IMAGENET, Backbone, Preprocessing
-from .layers import Conv, FrozenBatchNorm
+from .layers import Conv, FrozenBatchNorm, max_pool
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class ResNet(Backbone):
         for convolution in self.stem:
             x = nnx.relu(convolution(x))
         x = nnx.relu(self.bn1(self.conv1(x)))
-        x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        x = max_pool(x, 3, 2, (1, 1))
         features = []
         for layer in self.layers:
             for block in layer:

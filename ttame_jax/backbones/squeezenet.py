@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from .base import IMAGENET, Backbone, Preprocessing
-from .layers import Conv
+from .layers import Conv, max_pool
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class SqueezeNet(Backbone):
         features = []
         for stage in self.stages:
             # One row and column of -inf at the end is PyTorch's ceil_mode for this window.
-            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((0, 1), (0, 1)))
+            x = max_pool(x, 3, 2, (0, 1))
             features.append(x)
             for fire in stage:
                 x = fire(x)

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from .base import IMAGENET, Backbone, Preprocessing
-from .layers import Conv, FrozenBatchNorm, adaptive_average_pool
+from .layers import Conv, FrozenBatchNorm, adaptive_average_pool, max_pool
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class VGG(Backbone):
         for stage in self.stages:
             for block in stage:
                 x = block(x)
-            pooled = nnx.max_pool(x, (2, 2), strides=(2, 2))
+            pooled = max_pool(x, 2, 2, (0, 0))
             features.append(pooled if self.features == "pool" else x)
             x = pooled
         x = adaptive_average_pool(x, GRID).reshape(len(x), -1)

@@ -40,8 +40,9 @@ class EvaluateConfig:
     """Only the images that this file names, FILENAME LABEL a line as the authors' lists."""
     measures: tuple[Measure, ...] = ("ad", "ic")
     """Average drop, increase in confidence, ROAD (road_reference is the authors' variant)."""
-    masking: MaskingChoice = "backbone"
-    """How a map masks an image for AD and IC; the authors' code masks pixels for every backbone."""
+    masking: MaskingChoice | None = None
+    """How a map masks an image for AD and IC; by default as the run's configuration says, else the
+    backbone's own way. The authors' code masks pixels for every backbone."""
     batch_size: int = 32
     """Images at a time, over all devices."""
     seed: int = 0
@@ -68,7 +69,9 @@ def evaluate(config: EvaluateConfig) -> dict:
         config.dataset or trained.dataset, config.split, config.data_dir or trained.data_dir
     )
     method = TTAME(explainer.backbone, explainer.attention)
-    masking = method.backbone.masking if config.masking == "backbone" else config.masking
+    own = method.backbone.masking
+    choice = config.masking or trained.evaluation_masking or own
+    masking = own if choice == "backbone" else choice
     evaluator = Evaluator(
         method,
         source,

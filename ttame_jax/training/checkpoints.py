@@ -90,6 +90,20 @@ def _attention_item(params: nnx.State, batch_stats: nnx.State) -> dict[str, nnx.
     return {"params": params, "batch_stats": batch_stats}
 
 
+def save_attention(run_dir: Path, attention: AttentionMechanism, step: int) -> None:
+    """Saves a mechanism from elsewhere as a run's one checkpoint: to explain with, not to resume.
+
+    Args:
+      run_dir: the run's folder.
+      attention: with its parameters and statistics.
+      step: how many training steps it has had.
+    """
+    _, params, batch_stats = nnx.split(attention, nnx.Param, nnx.BatchStat)
+    item = ocp.args.StandardSave(_attention_item(params, batch_stats))
+    with ocp.CheckpointManager((run_dir / CHECKPOINT_FOLDER).absolute()) as manager:
+        manager.save(step, args=ocp.args.Composite(attention=item))
+
+
 def load_attention(run_dir: str | Path, attention: AttentionMechanism) -> int:
     """Fills the mechanism from the run's best checkpoint, its last where none was measured.
 

@@ -22,11 +22,11 @@ class TrainConfig:
     """A run. The defaults are the paper's setting."""
 
     backbone: str
-    """Name of the frozen classifier, such as vgg16, resnet50 or vit_b16."""
+    """Name of the frozen classifier, such as vgg16, resnet50, vit_b16 or timm:MODEL."""
     output: Path
     """Folder of the run; the same command again resumes it."""
     weights: str | None = "torchvision"
-    """Of the backbone: a .safetensors, .pth or .pt file, torchvision, timm or timm:MODEL."""
+    """Of the backbone: a .safetensors, .pth, .pt or .ckpt file, torchvision, timm or timm:MODEL."""
     backbone_config: dict[str, int | str] = dataclasses.field(default_factory=dict)
     """More about the backbone, as name and value: num_classes 10 features conv."""
     dataset: str = "imagenet2012"
@@ -43,6 +43,8 @@ class TrainConfig:
     """Architecture of the attention mechanism (Table VI), or lcam."""
     masking: MaskingKind | None = None
     """How a map masks an image: pixel |E*I|, standardised E*|I|; None is the backbone's own."""
+    evaluation_masking: MaskingKind | None = None
+    """The same where the run is evaluated afterwards; None is the backbone's own."""
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     """The training loss."""
     epochs: int = 8
@@ -71,10 +73,10 @@ class TrainConfig:
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
 
-    def save(self) -> None:
-        """Writes ``config.json`` into the run's folder."""
+    def save(self, folder: Path | None = None) -> None:
+        """Writes ``config.json`` into the run's folder, or into one that will become it."""
         text = json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
-        write_atomically(self.output / CONFIG_FILE, text)
+        write_atomically((folder or self.output) / CONFIG_FILE, text)
 
 
 def load_config(run_dir: str | Path) -> TrainConfig:
@@ -98,6 +100,9 @@ def preset(backbone: str) -> TrainConfig:
     """The configuration in ``configs/`` of that name, else the defaults."""
     if backbone is tyro.MISSING:
         return TrainConfig(backbone=backbone, output=tyro.MISSING)
-    if importlib.util.find_spec(f"configs.{backbone}"):
+    output = Path("runs") / backbone.replace(":", "_")
+    if backbone.startswith("timm:"):
+        return TrainConfig(backbone=backbone, output=output, weights="timm")
+    if backbone.isidentifier() and importlib.util.find_spec(f"configs.{backbone}"):
         return importlib.import_module(f"configs.{backbone}").CONFIG
-    return TrainConfig(backbone=backbone, output=Path("runs") / backbone)
+    return TrainConfig(backbone=backbone, output=output)

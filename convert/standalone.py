@@ -1,0 +1,126 @@
+"""Explanation maps of an image classifier in one forward pass: T-TAME in PyTorch.
+
+This file, its weights, PyTorch and the classifier's library (see CONFIG) are all that is needed:
+
+    explainer = load("explainer.pt")
+    logits, maps = explainer(images)               # of each image's predicted class
+    logits, maps = explainer(images, classes)      # of classes [B, K]
+
+Images are [B, 3, H, W] in [0, 1], not standardised; maps are [B, K, h, w] in [0, 1], to be
+resized to the image by bilinear interpolation.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+CONFIG: dict = {}
+
+
+class Attention(nn.Module):
+    """Feature maps to class maps: a branch for each feature map, and their fusion.
+
+    A branch is `up(activation(BatchNorm(Conv1x1(features)) + features))`.
+    """
+
+    def __init__(self, channels, num_classes, skip, batch_norm, activation, branches):
+        super().__init__()
+        self.skip, self.activation = skip, activation
+        if not branches:  # L-CAM-Img
+            self.convs, self.bns = None, None
+            self.op = nn.Conv2d(channels[0], num_classes, 1)
+            return
+        self.convs = nn.ModuleList([nn.Conv2d(count, count, 1) for count in channels])
+        self.bns = nn.ModuleList([nn.BatchNorm2d(c) for c in channels]) if batch_norm else None
+        self.fuser = nn.Conv2d(sum(channels), num_classes, 1)
+
+    def forward(self, features):
+        if self.convs is None:
+            return self.op(features[0])
+        height = max(feature.shape[2] for feature in features)
+        width = max(feature.shape[3] for feature in features)
+        branches = []
+        for i, feature in enumerate(features):
+            x = self.convs[i](feature)
+            if self.bns is not None:
+                x = self.bns[i](x)
+            if self.skip:
+                x = x + feature
+            x = torch.sigmoid(x) if self.activation == "sigmoid" else torch.relu(x)
+            size = (height, width)
+            branches.append(F.interpolate(x, size, mode="bilinear", align_corners=False))
+        return self.fuser(torch.cat(branches, dim=1))
+
+
+class Explainer(nn.Module):
+    """A frozen classifier and the attention mechanism trained on its feature maps."""
+
+    def __init__(self, config=CONFIG):
+        super().__init__()
+        self.backbone = create_backbone(config)
+        self.attention = Attention(**config["attention"])
+        # The attention reads the last of the classifier's feature maps, most often all three.
+        self.nodes = config["nodes"][-len(config["attention"]["channels"]) :]
+        self.prefix_tokens = config["prefix_tokens"]
+        for name in ("mean", "std"):
+            values = torch.tensor(config[name]).view(1, 3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+        self.eval().requires_grad_(False)
+
+    def forward(self, images, classes=None):
+        logits, features = self.features((images - self.mean) / self.std)
+        if classes is None:
+            classes = logits.argmax(dim=1, keepdim=True)
+        class_maps = self.attention(features)
+        indices = classes[:, :, None, None].expand(-1, -1, *class_maps.shape[2:])
+        return logits, min_max_scale(class_maps.gather(1, indices))
+
+    def features(self, images):
+        """Logits [B, Cls] and feature maps [B, C, h, w] of standardised images."""
+        found = []
+        hooks = [
+            self.backbone.get_submodule(node).register_forward_hook(
+                lambda module, inputs, output: found.append(output)
+            )
+            for node in self.nodes
+        ]
+        try:
+            logits = self.backbone(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return logits, [self.spatial(feature) for feature in found]
+
+    def spatial(self, feature):
+        """A ViT's tokens [B, prefix + N, C] as a grid [B, C, h, w]; a CNN's maps as they are."""
+        if feature.ndim == 4:
+            return feature
+        patches = feature[:, self.prefix_tokens :]
+        side = math.isqrt(patches.shape[1])
+        return patches.transpose(1, 2).unflatten(2, (side, side))
+
+
+def min_max_scale(maps):
+    """Each map [..., h, w] scaled to [0, 1]; a constant map becomes zero."""
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    return (maps - low) / torch.where(high > low, high - low, torch.ones_like(high))
+
+
+def create_backbone(config):
+    """The classifier as its library builds it, without weights."""
+    if config["library"] == "timm":
+        import timm
+
+        return timm.create_model(config["model"], **config["options"])
+    from torchvision import models
+
+    return getattr(models, config["model"])(**config["options"])
+
+
+def load(weights, config=CONFIG):
+    """The explainer with the weights of a file."""
+    explainer = Explainer(config)
+    explainer.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    return explainer

@@ -1,0 +1,122 @@
+"""Do PyTorch and this project compute the same? Maximum differences on random images."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from ttame_jax.attention import AttentionMechanism
+from ttame_jax.backbones import Backbone, load_backbone
+from ttame_jax.explainer import explain
+
+from .export import explainer_config, load_run, torch_explainer
+from .modules import libraries
+
+CLASSES = 3
+"""Maps compared for each image: of its likeliest classes."""
+
+
+def verify(
+    target: str,
+    weights: str | None = None,
+    *,
+    library: str | None = None,
+    tolerance: float = 1e-4,
+    images: int = 2,
+) -> Iterator[str]:
+    """Compares a run or a backbone with PyTorch's computation, in float32.
+
+    Args:
+      target: a run's folder, or a backbone's name.
+      weights: of the backbone; a run's own by default.
+      library: torchvision or timm; by default each that has the backbone.
+      tolerance: largest difference allowed, of logits and features as a share of the largest
+        value, of maps (in [0, 1]) as it is.
+      images: how many random images.
+
+    Yields:
+      a line for each library.
+
+    Raises:
+      ValueError: a difference is above the tolerance, or no library has the backbone.
+    """
+    if Path(target).is_dir():
+        _, backbone, attention, _ = load_run(Path(target), weights)
+    elif "/" in target:
+        raise FileNotFoundError(f"no run {target}")
+    else:
+        backbone, attention = load_backbone(target, weights), None
+    known = [library] if library else libraries(backbone)
+    if not known:
+        raise ValueError(f"neither torchvision nor timm has a model of {backbone.name}")
+    for name in known:
+        found = differences(backbone, attention, name, images)
+        yield f"{name:<12}" + "  ".join(f"{what} {value:.1e}" for what, value in found.items())
+        above = {what: value for what, value in found.items() if not value <= tolerance}
+        if above:
+            worst = max(above, key=above.get)
+            raise ValueError(
+                f"{target} differs from {name}: {worst} by {above[worst]:.1e}, "
+                f"above the tolerance of {tolerance:g}"
+            )
+
+
+def differences(
+    backbone: Backbone, attention: AttentionMechanism | None, library: str, count: int = 2
+) -> dict[str, float]:
+    """Maximum differences from the library's module with the same weights, on random images.
+
+    Returns:
+      of logits and features as a share of the largest value; of maps as they are.
+    """
+    import torch
+
+    shown = attention is not None
+    if attention is None:  # any will do to have the features read
+        channels = [shape[-1] for shape in backbone.feature_shapes()]
+        attention = AttentionMechanism(channels, backbone.num_classes, rngs=nnx.Rngs(0))
+    module = torch_explainer(backbone, attention, explainer_config(backbone, attention, library))
+    images = random_images(backbone.preprocessing.image_size, count)
+    with jax.default_matmul_precision("highest"):
+        logits, features = _forward(backbone, images)
+        ours = _explain(backbone, attention, images)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    standardised = (pixels - module.mean) / module.std
+    with torch.no_grad():
+        their_logits, their_features = module.features(standardised)
+        _, maps = module(pixels, torch.from_numpy(np.array(ours.classes, np.int64)))
+    found = {"logits": _share(logits, their_logits.numpy())}
+    read = features[attention.first_layer :]
+    for i, (feature, theirs) in enumerate(zip(read, their_features, strict=True), 1):
+        found[f"features {i}"] = _share(feature, theirs.permute(0, 2, 3, 1).numpy())
+    if shown:
+        found["maps"] = float(np.abs(np.asarray(ours.maps) - maps.numpy()).max())
+    return found
+
+
+@nnx.jit
+def _forward(backbone, images):
+    return backbone(backbone.preprocessing.standardise(images))
+
+
+@nnx.jit
+def _explain(backbone, attention, images):
+    likeliest = min(CLASSES, backbone.num_classes)
+    return explain(backbone, attention, images, likeliest=likeliest)
+
+
+def _share(ours, theirs: np.ndarray) -> float:
+    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+
+
+def random_images(size: int, count: int) -> np.ndarray:
+    """[count, size, size, 3] in [0, 1], with structure at several scales."""
+    rng = np.random.default_rng(0)
+    images = np.zeros((count, size, size, 3))
+    for cells in (2, 7, size):
+        side = -(-size // cells)
+        coarse = rng.uniform(size=(count, cells, cells, 3))
+        images += coarse.repeat(side, axis=1).repeat(side, axis=2)[:, :size, :size]
+    return (images / 3).astype(np.float32)

@@ -1,0 +1,19 @@
+"""What a command line shows of an error."""
+
+import contextlib
+import os
+import sys
+
+
+@contextlib.contextmanager
+def one_line_errors(program: str):
+    """Ends the program with one line for a mistake of its user, and exit status 1.
+
+    With ``TTAME_TRACEBACK`` set the error is shown as Python does.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("TTAME_TRACEBACK"):
+            raise
+        sys.exit(f"{program}: {error} (TTAME_TRACEBACK=1 shows where)")
