@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .base import IMAGENET, Backbone, Preprocessing
+from .base import DIGITS, IMAGENET, Backbone, Preprocessing
 from .layers import Conv, FrozenBatchNorm, max_pool
 
 
@@ -135,7 +135,7 @@ VARIANTS = {
         widths=(16, 32, 64, 128),
         stem=(16,),
         num_classes=10,
-        preprocessing=Preprocessing(image_size=64, resize_size=64),
+        preprocessing=DIGITS,
     ),
 }
 

@@ -21,7 +21,7 @@ from ttame_jax.training.config import preset
 from ttame_jax.training.loop import train
 
 BACKBONE = "digits_vit"
-CLASSIFIER_EPOCHS = 12
+CLASSIFIER_EPOCHS = 6
 SHOWN = 12  # pictures on the page
 
 
@@ -50,9 +50,9 @@ def run_demo(output: Path) -> None:
     facts["minutes"] = (time.monotonic() - start) / 60
     _write_page(explainer, test, output, facts)
     print(
-        "classifier {accuracy:.1f} % right; the map's maximum lies on the digit in "
-        "{pointing:.1f} % of the test images; AD(15 %) {AD[15]:.1f}, IC(15 %) {IC[15]:.1f}; "
-        "{minutes:.1f} minutes".format(**facts)
+        f"classifier {facts['accuracy']:.1f} % right; the map's maximum lies on the digit in "
+        f"{facts['pointing']:.1f} % of the test images; AD(15 %) {facts['AD']['15']:.1f}, "
+        f"IC(15 %) {facts['IC']['15']:.1f}; {facts['minutes']:.1f} minutes"
     )
     print(f"pictures: {output / 'index.html'}")
 
