@@ -58,7 +58,11 @@ def describe(model: str, num_classes: int | None = None) -> dict[str, Any]:
       ValueError: a model that cannot be built here, with the reason.
       ImportError: timm is not installed.
     """
-    module = create(model, num_classes, device="meta")
+    return read(create(model, num_classes, device="meta"), f"timm:{model}")
+
+
+def read(module, name: str) -> dict[str, Any]:
+    """What `describe` returns, from timm's module (an abstract one will do)."""
     family = type(module).__name__
     reasons = list(_reasons(module))
     if not reasons:
@@ -69,10 +73,10 @@ def describe(model: str, num_classes: int | None = None) -> dict[str, Any]:
         }
         if family == "VisionTransformer":
             config["image_size"] = module.patch_embed.img_size[0]
-        reasons = list(_differences(f"timm:{model}", config, module))
+        reasons = list(_differences(name, config, module))
     if reasons:
         raise ValueError(
-            f"timm:{model} is not supported: it {', it '.join(reasons)} "
+            f"{name} is not supported: it {', it '.join(reasons)} "
             "(VGGs, ResNets and plain ViTs are)"
         )
     return config

@@ -38,21 +38,6 @@ def create_free_vit(library: str, num_classes: int = 10) -> torch.nn.Module:
     ).eval()
 
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Weights that keep the activations' scale, and non-trivial biases, norms and statistics."""
-    generator = torch.Generator().manual_seed(seed)
-    for key, tensor in model.state_dict().items():
-        if not tensor.is_floating_point():
-            continue
-        if key.endswith("running_var") or (tensor.ndim == 1 and key.endswith("weight")):
-            tensor.uniform_(0.5, 1.5, generator=generator)
-        elif tensor.ndim == 1 or "token" in key or "pos_embed" in key:
-            tensor.normal_(0, 0.2, generator=generator)
-        else:
-            tensor.normal_(0, math.sqrt(1.5 / tensor[0].numel()), generator=generator)
-    return model
-
-
 def images(height: int, width: int | None = None, count: int = 2) -> np.ndarray:
     """[count, height, width, 3] with structure at several scales, roughly standardised."""
     rng = np.random.default_rng(1)
@@ -61,7 +46,9 @@ def images(height: int, width: int | None = None, count: int = 2) -> np.ndarray:
     return (coarse[:, : shape[1], : shape[2]] + rng.normal(size=shape)).astype(np.float32)
 
 
-def outputs(model: torch.nn.Module, nodes: list[str], x: np.ndarray) -> list[np.ndarray]:
+def outputs(
+    model: torch.nn.Module, nodes: list[str], x: np.ndarray, prefix: int = 1
+) -> list[np.ndarray]:
     """Logits, then the outputs of the named modules as [B, H, W, C], of images [B, H, W, 3]."""
     found = {}
 
@@ -73,15 +60,15 @@ def outputs(model: torch.nn.Module, nodes: list[str], x: np.ndarray) -> list[np.
         logits = model(torch.from_numpy(x).permute(0, 3, 1, 2))
     for hook in hooks:
         hook.remove()
-    return [logits.numpy(), *(spatial(found[node]) for node in nodes)]
+    return [logits.numpy(), *(spatial(found[node], prefix) for node in nodes)]
 
 
-def spatial(feature: torch.Tensor) -> np.ndarray:
-    """[B, C, H, W], or a ViT's [B, 1 + N, C], as [B, H, W, C]."""
+def spatial(feature: torch.Tensor, prefix: int = 1) -> np.ndarray:
+    """[B, C, H, W], or a ViT's [B, prefix + N, C], as [B, H, W, C]."""
     if feature.ndim == 4:
         return feature.permute(0, 2, 3, 1).numpy()
-    side = math.isqrt(feature.shape[1] - 1)
-    return feature[:, 1:].reshape(len(feature), side, side, -1).numpy()
+    side = math.isqrt(feature.shape[1] - prefix)
+    return feature[:, prefix:].reshape(len(feature), side, side, -1).numpy()
 
 
 def assert_close(ours, theirs: np.ndarray) -> None:

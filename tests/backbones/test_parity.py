@@ -12,11 +12,11 @@ from references import (
     create_free_vit,
     images,
     outputs,
-    randomise,
     spatial,
 )
 from safetensors.torch import load_file, save_file
 
+from convert.timm_table import randomise
 from convert.torch_import import import_torchvision
 from convert.weights import to_torch
 from ttame_jax.backbones import load_backbone

@@ -22,8 +22,8 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def backbone():
-    return load_backbone("digits_cnn", seed=5)
+def backbone(random_backbone):
+    return random_backbone("digits_cnn", seed=5)
 
 
 @pytest.fixture
@@ -48,9 +48,9 @@ def assert_equal(ours, theirs):
         np.testing.assert_array_equal(ours[path], value)
 
 
-def test_our_own_file_gives_back_backbone_and_config(tmp_path):
+def test_our_own_file_gives_back_backbone_and_config(tmp_path, random_backbone):
     preprocessing = Preprocessing(16, 20, "bicubic", (0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
-    backbone = load_backbone(
+    backbone = random_backbone(
         "vit",
         patch_size=4,
         width=8,
@@ -109,10 +109,10 @@ def test_torch_is_needed_once(tmp_path, backbone, cache, without_torch):
     assert_equal(load_backbone("digits_cnn", tmp_path / "moved.pth"), backbone)
 
 
-def test_the_cache_follows_the_content(tmp_path, backbone):
+def test_the_cache_follows_the_content(tmp_path, random_backbone):
     path = tmp_path / "w.pth"
     for seed in (1, 2):
-        other = load_backbone("digits_cnn", seed=seed)
+        other = random_backbone("digits_cnn", seed=seed)
         torch.save(torch_state(other), path)
         assert_equal(load_backbone("digits_cnn", path), other)
 
@@ -173,7 +173,9 @@ def test_what_is_no_weights_file_is_refused(tmp_path):
     ):
         load_backbone("digits_cnn", "nowhere.pth")
     (tmp_path / "w.npz").touch()
-    with pytest.raises(ValueError, match="w.npz is no weights file: .safetensors, .pth, .pt and .ckpt"):
+    with pytest.raises(
+        ValueError, match="w.npz is no weights file: .safetensors, .pth, .pt and .ckpt"
+    ):
         load_backbone("digits_cnn", tmp_path / "w.npz")
 
 
@@ -206,8 +208,10 @@ def torchvision_download(monkeypatch):
     return place
 
 
-def test_torchvisions_weights_are_fetched_once(torchvision_download, without_torch):
-    model = load_backbone("squeezenet1_1", seed=2)
+def test_torchvisions_weights_are_fetched_once(
+    torchvision_download, without_torch, random_backbone
+):
+    model = random_backbone("squeezenet1_1", seed=2)
     torchvision_download(torch_state(model))
     assert_equal(load_backbone("squeezenet1_1", "torchvision"), model)
     without_torch()
@@ -264,8 +268,8 @@ CARD = {
     "weights",
     ["timm", "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k", "timm:vit_tiny_patch16_224"],
 )
-def test_timms_weights_come_with_classes_and_preprocessing(hub, weights):
-    model = load_backbone("vit_ti16", num_classes=7)
+def test_timms_weights_come_with_classes_and_preprocessing(hub, weights, random_backbone):
+    model = random_backbone("vit_ti16", num_classes=7)
     hub("vit_tiny_patch16_224.augreg_in21k_ft_in1k", CARD, to_torch(model, "timm"))
     backbone = load_backbone("vit_ti16", weights)
     assert_equal(backbone, model)
@@ -273,8 +277,8 @@ def test_timms_weights_come_with_classes_and_preprocessing(hub, weights):
     assert backbone.preprocessing == expected
 
 
-def test_timms_hub_needs_neither_torch_nor_timm(hub, without_torch):
-    model = load_backbone("vit_ti16", num_classes=7)
+def test_timms_hub_needs_neither_torch_nor_timm(hub, without_torch, random_backbone):
+    model = random_backbone("vit_ti16", num_classes=7)
     hub("vit_tiny_patch16_224.augreg_in21k_ft_in1k", CARD, to_torch(model, "timm"))
     without_torch()
     assert_equal(load_backbone("vit_ti16", "timm"), model)
