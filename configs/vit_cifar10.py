@@ -9,8 +9,8 @@ from ttame_jax.training.config import TrainConfig
 
 CONFIG = TrainConfig(
     backbone="vit",
-    backbone_config=dict(
-        image_size=32, patch_size=4, width=128, depth=6, num_heads=4, num_classes=10
-    ),
+    backbone_config={
+        "image_size": 32, "patch_size": 4, "width": 128, "depth": 6, "num_heads": 4, "num_classes": 10
+    },
     output=Path("runs/vit_cifar10"),
 )

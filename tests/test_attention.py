@@ -145,3 +145,22 @@ def test_initial_parameters_have_pytorchs_spread():
 def test_unknown_variant_is_refused():
     with pytest.raises(ValueError, match="unknown variant 'deep': use one of ttame, no_skip"):
         mechanism("deep")
+
+
+@pytest.mark.parametrize("variant", ["ttame", "two_layers", "one_layer", "lcam"])
+def test_started_from_the_head_the_maps_are_class_activation_maps(variant):
+    attention = AttentionMechanism(CHANNELS, CLASSES, variant=variant, rngs=nnx.Rngs(0))
+    weights = np.random.default_rng(4).normal(size=(CHANNELS[-1], CLASSES)).astype(np.float32)
+    attention.start_from_head(jnp.asarray(weights))
+    rectified = [np.maximum(f, 0) for f in features()]
+    maps = attention(rectified)
+    cam = jnp.einsum("bhwc,ck->bkhw", rectified[-1], weights)
+    expected = upsample(cam, maps.shape[-2:]) / np.linalg.norm(weights, axis=0).mean()
+    np.testing.assert_allclose(maps, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["no_skip", "no_skip_no_batch_norm", "sigmoid"])
+def test_variants_that_cannot_start_from_the_head_say_so(variant):
+    attention = AttentionMechanism(CHANNELS, CLASSES, variant=variant, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=f"'{variant}' lacks: use --start random"):
+        attention.start_from_head(jnp.ones((CHANNELS[-1], CLASSES)))

@@ -10,7 +10,14 @@ from ttame_jax import AttentionMechanism, Explainer, load_backbone, load_explain
 from ttame_jax.training.config import TrainConfig
 from ttame_jax.training.loop import train
 
-TINY = dict(image_size=32, patch_size=8, width=32, depth=3, num_heads=2, num_classes=5)
+TINY = {
+    "image_size": 32,
+    "patch_size": 8,
+    "width": 32,
+    "depth": 3,
+    "num_heads": 2,
+    "num_classes": 5,
+}
 IMAGES = np.random.default_rng(0).uniform(size=(3, 32, 32, 3)).astype(np.float32)
 
 

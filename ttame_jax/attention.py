@@ -42,6 +42,10 @@ VariantName = Literal[
 ]
 
 
+# Mean length of a class's weights when they start from the classifier's head.
+_START_NORM = 1.0
+
+
 def conv1x1(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
     """A 1x1 convolution with bias, initialised as PyTorch does; channels-last, it is a matmul."""
     bound = inputs**-0.5
@@ -182,3 +186,30 @@ class AttentionMechanism(nnx.Module):
             total = total + upsample(fused, size)
             start += channels
         return total
+
+    def start_from_head(self, class_weights: jax.Array) -> None:
+        """Makes the class maps those of CAM: the classifier's own weights on its last feature map.
+
+        Branches start as ``ReLU(L)``: their BatchNorms' scales are zero (as He et al. start
+        residual branches, arXiv:1812.01187), and earlier feature maps have no weight yet. Class
+        maps keep the magnitude that the random start gives them.
+
+        Args:
+          class_weights: ``[C, Cls]`` for the last feature map, as ``Backbone.class_weights``.
+
+        Raises:
+          ValueError: for a variant whose branches cannot start as the identity.
+        """
+        for branch in self.branches:
+            settings = branch.settings
+            if not settings.skip or not settings.batch_norm or settings.activation != "relu":
+                raise ValueError(
+                    f"--start head needs skip connections, BatchNorm and ReLU, which the variant "
+                    f"{self.variant!r} lacks: use --start random"
+                )
+            branch.norm.scale[...] = jnp.zeros_like(branch.norm.scale[...])
+        norm = jnp.linalg.norm(class_weights, axis=0).mean()
+        last = class_weights * (_START_NORM / norm)
+        earlier = sum(self.channels[:-1])
+        self.fusion.kernel[...] = jnp.pad(last, ((earlier, 0), (0, 0)))
+        self.fusion.bias[...] = jnp.zeros_like(self.fusion.bias[...])

@@ -15,7 +15,14 @@ from ttame_jax.losses import LossConfig
 from ttame_jax.training.config import TrainConfig, load_config
 from ttame_jax.training.loop import train
 
-TINY = dict(image_size=32, patch_size=8, width=32, depth=3, num_heads=2, num_classes=5)
+TINY = {
+    "image_size": 32,
+    "patch_size": 8,
+    "width": 32,
+    "depth": 3,
+    "num_heads": 2,
+    "num_classes": 5,
+}
 
 
 @pytest.fixture
@@ -153,10 +160,10 @@ def test_a_folder_with_a_run_of_other_settings_is_refused(config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(batch_size=12), "--batch-size 12 does not divide over 8 devices"),
-        (dict(batch_size=128), "64 images, less than one batch"),
-        (dict(dataset="folder:missing"), "missing"),
-        (dict(weights="missing.safetensors"), "missing.safetensors"),
+        ({"batch_size": 12}, "--batch-size 12 does not divide over 8 devices"),
+        ({"batch_size": 128}, "64 images, less than one batch"),
+        ({"dataset": "folder:missing"}, "missing"),
+        ({"weights": "missing.safetensors"}, "missing.safetensors"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(config, change, message):

@@ -120,6 +120,15 @@ class Backbone(nnx.Module):
         return tuple(feature.shape[1:] for feature in features)
 
     @property
+    def class_weights(self) -> jax.Array | None:
+        """[C, num_classes]: what each channel of the last feature map gives to each class.
+
+        Only for a classifier that averages that map and reads its classes off it (as CAM needs,
+        Zhou et al., CVPR 2016); None for others.
+        """
+        return None
+
+    @property
     def config(self) -> Mapping[str, Any]:
         """What `load_backbone` needs besides the name to build this classifier again (JSON)."""
         config = {"num_classes": self.num_classes, "preprocessing": asdict(self.preprocessing)}

@@ -191,6 +191,10 @@ class ResNet(Backbone):
             self.layers.append(layer)
         self.fc = nnx.Linear(features, self.num_classes, dtype=jnp.float32, rngs=rngs)
 
+    @property
+    def class_weights(self):
+        return self.fc.kernel[...]
+
     def forward(self, x):
         for convolution in self.stem:
             x = nnx.relu(convolution(x))

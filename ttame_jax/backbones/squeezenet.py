@@ -86,6 +86,10 @@ class SqueezeNet(Backbone):
             self.stages.append(stage)
         self.head = Conv(width, num_classes, (1, 1), dtype=jnp.float32, rngs=rngs)
 
+    @property
+    def class_weights(self):
+        return self.head.kernel[0, 0]
+
     def forward(self, x):
         x = nnx.relu(self.stem(x))
         features = []

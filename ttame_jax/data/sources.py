@@ -41,9 +41,9 @@ class Source(ABC):
     def indices_of(self, names: Iterable[str]) -> np.ndarray:
         """Returns the indices (int64) of the images of these names, in the order of the names.
 
-        Reads records from the first on until all are found. Raises ValueError for unknown names.
+        Names that no image has are left out: a published list may name more than a sample holds.
         """
-        names = list(names)
+        names = list(dict.fromkeys(names))
         found, missing = {}, set(names)
         for index in range(len(self)):
             if not missing:
@@ -51,12 +51,7 @@ class Source(ABC):
             if (name := self.name(index)) in missing:
                 missing.remove(name)
                 found[name] = index
-        if missing:
-            raise ValueError(
-                f"{len(missing)} of {len(names)} images are not in {self}, "
-                f"the first of them {min(missing)!r}"
-            )
-        return np.array([found[name] for name in names], np.int64)
+        return np.array([found[name] for name in names if name in found], np.int64)
 
 
 def load_source(dataset: str, split: str, data_dir: str | Path | None = None) -> Source:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from ttame_jax.data import Source, evaluation_batches
 from ttame_jax.masking import MaskingKind, upsample
-from ttame_jax.mesh import AXIS, data_mesh, gather, shard_batch
+from ttame_jax.mesh import AXIS, data_mesh, gather, replicate, shard_batch
 from ttame_jax.methods import Method
 from ttame_jax.metrics.ad_ic import (
     PERCENTAGES,
@@ -68,7 +68,7 @@ class Evaluator:
         self, state: nnx.State | None = None, indices: Sequence[int] | None = None
     ) -> Iterator[Rows]:
         """The rows a batch at a time, of all images or of those given."""
-        state = nnx.state(self.method) if state is None else state
+        state = replicate(nnx.state(self.method) if state is None else state, self.mesh)
         key = jax.random.key(self.seed)
         for batch in evaluation_batches(
             self.source,

@@ -41,6 +41,9 @@ class TrainConfig:
     """How many of its images (evenly spread); 0 measures nothing."""
     variant: VariantName = "ttame"
     """Architecture of the attention mechanism (Table VI), or lcam."""
+    start: Literal["random", "head"] = "random"
+    """Of the fusion's weights: random as in the paper, or those of the classifier's head, so that
+    the first maps are the classifier's class activation maps (ResNet and SqueezeNet)."""
     masking: MaskingKind | None = None
     """How a map masks an image: pixel |E*I|, standardised E*|I|; None is the backbone's own."""
     evaluation_masking: MaskingKind | None = None

@@ -42,6 +42,8 @@ class Run:
         _check(config)
         self.config = config
         self.mesh = data_mesh()
+        self.backbone = build_backbone(config)
+        self.attention = build_attention(config, self.backbone)
         self.source = load_source(config.dataset, config.train_split, config.data_dir)
         self.steps_per_epoch = len(self.source) // config.batch_size
         if self.steps_per_epoch == 0:
@@ -50,8 +52,6 @@ class Run:
                 f"lower --batch-size to at most that"
             )
         self.total_steps = config.epochs * self.steps_per_epoch
-        self.backbone = build_backbone(config)
-        self.attention = build_attention(config, self.backbone)
         self.cycle = OneCycle(config.learning_rate, self.total_steps)
         self.optimizer = one_cycle_sgd(self.cycle)
         self.masking = config.masking or self.backbone.masking

@@ -19,11 +19,23 @@ def build_backbone(config: TrainConfig) -> Backbone:
 
 
 def build_attention(config: TrainConfig, backbone: Backbone) -> AttentionMechanism:
-    """The run's attention mechanism before training."""
-    return AttentionMechanism(
+    """The run's attention mechanism before training.
+
+    Raises:
+      ValueError: for ``start="head"`` where the classifier's head does not read feature maps.
+    """
+    attention = AttentionMechanism(
         [channels for _, _, channels in backbone.feature_shapes()],
         backbone.num_classes,
         variant=config.variant,
         dtype=jnp.dtype(config.precision),
         rngs=nnx.Rngs(config.seed),
     )
+    if config.start == "head":
+        if backbone.class_weights is None:
+            raise ValueError(
+                f"--start head needs a classifier that averages its last feature map, which "
+                f"{backbone.name} does not: use --start random"
+            )
+        attention.start_from_head(backbone.class_weights)
+    return attention

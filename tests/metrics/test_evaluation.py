@@ -1,0 +1,90 @@
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+
+from ttame_jax import AttentionMechanism, load_backbone
+from ttame_jax.data import load_source
+from ttame_jax.methods import TTAME
+from ttame_jax.metrics import evaluation
+from ttame_jax.metrics.evaluation import Evaluator, intervals, summarise
+
+MEASURES = ("ad", "ic", "road", "road_reference")
+TINY = {
+    "image_size": 32,
+    "patch_size": 8,
+    "width": 32,
+    "depth": 3,
+    "num_heads": 2,
+    "num_classes": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def method():
+    return TTAME(load_backbone("vit", **TINY), AttentionMechanism([32] * 3, 5, rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module")
+def source(pictures):
+    return load_source(f"folder:{pictures}", "validation")
+
+
+@pytest.fixture(scope="module")
+def rows(method, source):
+    return Evaluator(method, source, measures=MEASURES, batch_size=8)()
+
+
+def test_every_image_has_one_row(rows, source):
+    """20 images in batches of 8: the last batch is padded, and padding has no row."""
+    np.testing.assert_array_equal(rows["index"], np.arange(len(source)))
+    assert rows["masked"].shape == (20, 3)
+    assert rows["road_morf"].shape == rows["road_lerf"].shape == (20, 9)
+    assert rows["road_reference_morf"].shape == (20, 7)
+    assert all(np.isfinite(values).all() for values in rows.values())
+
+
+def test_neither_devices_nor_batches_change_the_result(rows, method, source, monkeypatch):
+    def one_device():
+        return Mesh(np.array(jax.devices()[:1]), ("data",))
+
+    monkeypatch.setattr(evaluation, "data_mesh", one_device)
+    alone = Evaluator(method, source, measures=MEASURES, batch_size=5)()
+    for name, values in rows.items():
+        np.testing.assert_allclose(alone[name], values, atol=1e-4)
+
+
+def test_chosen_images_have_the_rows_that_they_have_among_all(rows, method, source):
+    chosen = Evaluator(method, source, measures=("ad",), indices=[17, 3], batch_size=8)()
+    np.testing.assert_array_equal(chosen["index"], [17, 3])
+    np.testing.assert_allclose(chosen["masked"], rows["masked"][[17, 3]], atol=1e-5)
+
+
+def test_other_arrays_can_stand_in_for_the_methods_own(method, source):
+    evaluator = Evaluator(method, source, measures=("ad",), indices=[0, 1], batch_size=8)
+    other = AttentionMechanism([32] * 3, 5, rngs=nnx.Rngs(9))
+    state = nnx.State({"backbone": nnx.state(method.backbone), "attention": nnx.state(other)})
+    expected = Evaluator(
+        TTAME(method.backbone, other), source, measures=("ad",), indices=[0, 1], batch_size=8
+    )()
+    np.testing.assert_allclose(evaluator(state)["masked"], expected["masked"], atol=1e-6)
+    assert np.abs(evaluator()["masked"] - expected["masked"]).max() > 1e-4
+
+
+def test_summary_has_the_promised_keys_and_intervals_around_its_means(rows):
+    summary = summarise(rows, MEASURES)
+    assert list(summary["AD"]) == list(summary["IC"]) == ["100", "50", "15"]
+    tens = [str(v) for v in range(10, 100, 10)]
+    assert list(summary["ROAD"]["MoRF"]) == list(summary["ROAD"]["LeRF"]) == ["mean", *tens]
+    assert "60" not in summary["ROAD_REFERENCE"]["MoRF"]
+    np.testing.assert_allclose(
+        summary["ROAD"]["MoRF"]["mean"], 100 * rows["road_morf"].mean(), rtol=1e-5
+    )
+    low_high = intervals(rows, MEASURES, resamples=200)
+    for mean, (low, high) in zip(
+        jax.tree.leaves(summary),
+        jax.tree.leaves(low_high, is_leaf=lambda x: isinstance(x, list)),
+        strict=True,
+    ):
+        assert low <= mean <= high

@@ -1,0 +1,201 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ttame_jax.cli import main
+
+TINY = [
+    "image_size",
+    "32",
+    "patch_size",
+    "8",
+    "width",
+    "32",
+    "depth",
+    "3",
+    "num_heads",
+    "2",
+    "num_classes",
+    "5",
+]
+
+
+@pytest.fixture(scope="module")
+def run(pictures, tmp_path_factory):
+    output = tmp_path_factory.mktemp("cli") / "run"
+    words = ["--backbone", "vit", "--weights", "None", "--dataset", f"folder:{pictures}"]
+    words += ["--output", str(output), "--epochs", "1", "--batch-size", "16", "--workers", "0"]
+    main(["train", *words, "--validation-images", "0", "--backbone-config", *TINY])
+    return output
+
+
+def test_help_names_every_command():
+    result = subprocess.run(
+        [sys.executable, "train.py", "--help"], capture_output=True, text=True, check=True
+    )
+    for flag in ("--backbone", "--weights", "--data-dir", "--loss.recipe", "--seed", "--output"):
+        assert flag in result.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "explain", "evaluate", "prepare", "demo"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code in (0, None)
+    assert "usage: ttame" in capsys.readouterr().out
+
+
+def test_a_backbones_preset_gives_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--backbone", "digits_vit", "--help"])
+    said = capsys.readouterr().out
+    assert "default: digits" in said and "default: runs/digits_vit" in said
+
+
+def test_explain_writes_a_picture_and_the_maps(run, pictures, tmp_path, capsys):
+    image = next((pictures / "validation").iterdir())
+    main(["explain", str(image), "--run", str(run), "--output", str(tmp_path)])
+    main(
+        [
+            "explain",
+            str(image),
+            "--run",
+            str(run),
+            "--classes",
+            "4,0",
+            "--output",
+            str(tmp_path / "two"),
+        ]
+    )
+    main(
+        [
+            "explain",
+            str(image),
+            "--run",
+            str(run),
+            "--classes",
+            "top3",
+            "--output",
+            str(tmp_path / "three"),
+        ]
+    )
+    with Image.open(tmp_path / f"{image.stem}.png") as picture:
+        assert picture.width > 200
+    assert np.load(tmp_path / f"{image.stem}.npz")["maps"].shape == (1, 4, 4)
+    two = np.load(tmp_path / "two" / f"{image.stem}.npz")
+    assert two["classes"].tolist() == [4, 0]
+    three = np.load(tmp_path / "three" / f"{image.stem}.npz")
+    assert three["maps"].shape == (3, 4, 4)
+    assert (np.diff(three["probabilities"]) <= 0).all()
+    assert f"{image.stem}.png: class" in capsys.readouterr().out
+
+
+def test_images_of_the_same_name_do_not_overwrite_each_other(run, pictures, tmp_path):
+    twins = [pictures / split / "000.png" for split in ("train", "validation")]
+    main(["explain", *map(str, twins), "--run", str(run), "--output", str(tmp_path)])
+    assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+def test_evaluate_writes_the_figures_and_prints_a_table(run, tmp_path, capsys):
+    output = tmp_path / "figures.json"
+    main(
+        [
+            "evaluate",
+            "--run",
+            str(run),
+            "--limit",
+            "9",
+            "--masking",
+            "pixel",
+            "--batch-size",
+            "8",
+            "--output",
+            str(output),
+        ]
+    )
+    figures = json.loads(output.read_text())
+    assert {
+        "images": 9,
+        "method": "ttame",
+        "backbone": "vit",
+        "masking": "pixel",
+        "forward_passes": 1,
+    }.items() <= figures.items()
+    assert set(figures["AD"]) == {"100", "50", "15"}
+    assert figures["seconds_per_image"] > 0
+    assert list(tmp_path.iterdir()) == [output]
+    said = capsys.readouterr().out
+    assert "ttame on vit, pixel masking, 9 images" in said
+    assert f"100: {figures['AD']['100']:.1f} [" in said
+
+
+def test_an_interrupted_evaluation_resumes(run, tmp_path, monkeypatch):
+    from ttame_jax.metrics.evaluation import Evaluator
+
+    words = ["evaluate", "--run", str(run), "--batch-size", "8", "--output"]
+    main([*words, str(tmp_path / "whole.json")])
+    measured = []
+    batches = Evaluator.batches
+
+    def interrupted(self, state=None, indices=None):
+        for i, rows in enumerate(batches(self, state, indices)):
+            if not measured and i == 2:
+                measured.append(len(indices))
+                raise KeyboardInterrupt
+            yield rows
+
+    monkeypatch.setattr(Evaluator, "batches", interrupted)
+    output = tmp_path / "figures.json"
+    with pytest.raises(KeyboardInterrupt):
+        main([*words, str(output)])
+    with output.with_name("figures.json.partial").open("a") as file:
+        file.write('{"index": 1')  # as a kill in the middle of a line leaves it
+    calls = []
+    monkeypatch.setattr(
+        Evaluator,
+        "batches",
+        lambda self, state=None, indices=None: (
+            calls.append(list(indices)) or batches(self, state, indices)
+        ),
+    )
+    main([*words, str(output)])
+    assert calls == [[16, 17, 18, 19]]
+    figures, whole = (
+        json.loads((tmp_path / name).read_text()) for name in ("figures.json", "whole.json")
+    )
+    for name in ("images", "AD", "IC"):
+        assert figures[name] == whole[name]
+
+
+def test_a_list_chooses_images_by_name(run, tmp_path, capsys):
+    names = tmp_path / "list.txt"
+    names.write_text("003.png 7\n011.png 1\nabsent.png 0\n")
+    output = tmp_path / "figures.json"
+    words = ["evaluate", "--run", str(run), "--batch-size", "8", "--list", str(names)]
+    main([*words, "--output", str(output)])
+    assert "2 of the 3 images" in capsys.readouterr().out
+    assert json.loads(output.read_text())["images"] == 2
+    names.write_text("absent.png 0\n")
+    with pytest.raises(SystemExit, match="no image of .* choose another --split"):
+        main([*words, "--output", str(output)])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["explain", "cat.jpg", "--run", "nowhere", "--output", "out"], "nowhere is no run"),
+        (["explain", "--run", "nowhere", "--output", "out"], "no image given"),
+        (["train", "--backbone", "vgg99", "--output", "out"], "vgg99"),
+        (["train", "--backbone", "vit", "--output", "out", "--epochs", "0"], "epochs"),
+        (["evaluate", "--run", "nowhere", "--output", "out.json"], "nowhere is no run"),
+    ],
+)
+def test_mistakes_end_with_one_line(words, message):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    text = str(stop.value.code)
+    assert text.startswith("ttame: ") and message in text and "\n" not in text
