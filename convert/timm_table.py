@@ -35,8 +35,10 @@ HEADER = """# timm's models
 lists.
 
 "Differs by" is the largest difference of logits and feature maps between timm and this project,
-as a share of the largest value, in float32 with random weights on one random image. Models without a figure
-are larger than {limit} million parameters: their tensors agree by name and shape.
+as a share of the largest value, in float32 with random weights on one random image. Models
+without a figure are larger than {limit:g} million parameters: their tensors agree by name and
+shape. A few (`crop_mode` squash) were trained on images squashed into a square; here, as for all
+others, the centre square is cut out.
 """
 
 
@@ -51,24 +53,35 @@ def main(output: Path = Path("docs/timm.md"), limit: float = 30) -> None:
     import timm
 
     names = sorted({name for module in MODULES for name in timm.list_models(module=module)})
-    supported, refused = [], []
+    supported, refused = [], {}
     for name in tqdm(names):
         try:
             config = describe(name)
         except ValueError as error:
             reason = str(error).partition("not supported: ")[2].partition(" (VGGs")[0]
-            refused.append(f"| {name} | {reason} |")
+            refused.setdefault(reason, []).append(name)
             continue
         millions, difference = _try(name, config, limit)
         size = config["preprocessing"]["image_size"]
         supported.append(f"| {name} | {millions:.1f} | {size} | {difference} |")
-    text = HEADER.format(version=timm.__version__, limit=f"{limit:g}")
-    text += f"\n## Supported: {len(supported)}\n\n"
-    text += "| model | million parameters | input | differs by |\n|---|---|---|---|\n"
-    text += "\n".join(supported)
-    text += f"\n\n## Not supported: {len(refused)}\n\n| model | because |\n|---|---|\n"
-    text += "\n".join(refused) + "\n"
+    text = HEADER.format(version=timm.__version__, limit=limit) + tables(supported, refused)
     write_atomically(output, text)
+
+
+def tables(supported: list[str], refused: dict[str, list[str]]) -> str:
+    """Rows of the models that work; names of those that do not, by the reason."""
+    count = sum(map(len, refused.values()))
+    lines = [
+        f"\n## Supported: {len(supported)}\n",
+        "| model | million parameters | input | differs by |",
+        "|---|---|---|---|",
+        *supported,
+        f"\n## Not supported: {count}\n",
+        "| because | models |",
+        "|---|---|",
+        *(f"| {reason} | {', '.join(names)} |" for reason, names in refused.items()),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _try(name: str, config: dict, limit: float) -> tuple[float, str]:
