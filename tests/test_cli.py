@@ -180,7 +180,7 @@ def test_a_list_chooses_images_by_name(run, tmp_path, capsys):
     assert "2 of the 3 images" in capsys.readouterr().out
     assert json.loads(output.read_text())["images"] == 2
     names.write_text("absent.png 0\n")
-    with pytest.raises(SystemExit, match="no image of .* choose another --split"):
+    with pytest.raises(SystemExit, match="no image of .* choose another split"):
         main([*words, "--output", str(output)])
 
 

@@ -10,7 +10,7 @@ from ttame_jax.methods import TTAME
 from ttame_jax.metrics import evaluation
 from ttame_jax.metrics.evaluation import Evaluator, intervals, summarise
 
-MEASURES = ("ad", "ic", "road", "road_reference")
+MEASURES = ("ad", "ic", "road", "road_reference", "insertion", "deletion")
 TINY = {
     "image_size": 32,
     "patch_size": 8,
@@ -88,3 +88,21 @@ def test_summary_has_the_promised_keys_and_intervals_around_its_means(rows):
         strict=True,
     ):
         assert low <= mean <= high
+
+
+def test_pointing_needs_boxes_and_reads_them(method, source):
+    with pytest.raises(ValueError, match="has no boxes: leave out the measure 'pointing'"):
+        Evaluator(method, source, measures=("pointing",))
+    digits = load_source("digits", "test[:12]")
+    digits_method = TTAME(
+        load_backbone("digits_vit"), AttentionMechanism([64] * 3, 10, rngs=nnx.Rngs(0))
+    )
+    rows = Evaluator(digits_method, digits, measures=("pointing",), batch_size=8)()
+    hits = []
+    for i in range(12):
+        top, left, bottom, right = digits[i]["box"]
+        only = Evaluator(digits_method, digits, measures=("pointing",), indices=[i], batch_size=8)
+        hits.append(bool(only()["pointing"][0]))
+        assert 0 <= top < bottom <= 1 and 0 <= left < right <= 1
+    assert rows["pointing"].tolist() == hits
+    assert summarise(rows, ("pointing",))["pointing"]["mean"] == pytest.approx(100 * np.mean(hits))

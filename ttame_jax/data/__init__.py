@@ -1,7 +1,7 @@
 """Images for training and evaluation: sources, transforms and batches."""
 
 from ttame_jax.data.loader import Batches, evaluation_batches, train_batches
-from ttame_jax.data.sources import Source, load_source, prepare
+from ttame_jax.data.sources import Source, load_source, prepare, select
 from ttame_jax.data.transforms import UnreadableImage, preprocess
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "load_source",
     "prepare",
     "preprocess",
+    "select",
     "train_batches",
 ]

@@ -74,6 +74,32 @@ def load_source(dataset: str, split: str, data_dir: str | Path | None = None) ->
     return TfdsSource(dataset, split, data_dir)
 
 
+def select(
+    source: Source, names: str | Path | None = None, limit: int | None = None
+) -> np.ndarray:
+    """Returns the indices (int64) of the images that a list names, evenly thinned to a limit.
+
+    Args:
+      source: the images.
+      names: a text file with `FILENAME LABEL` a line, as the authors' lists; None is all images.
+      limit: how many at most; None is no limit.
+
+    Raises:
+      ValueError: no image of the list is there.
+    """
+    indices = np.arange(len(source))
+    if names is not None:
+        lines = Path(names).read_text().splitlines()
+        wanted = [line.split()[0] for line in lines if line.strip()]
+        indices = source.indices_of(wanted)
+        print(f"{len(indices)} of the {len(wanted)} images of {names} are in {source}")
+        if not len(indices):
+            raise ValueError(f"no image of {names} is in {source}: choose another split")
+    if limit is not None and limit < len(indices):
+        indices = indices[np.linspace(0, len(indices) - 1, limit).astype(int)]
+    return indices
+
+
 class TfdsSource(Source):
     """A split of a data set prepared by TFDS in a random-access format."""
 

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from ttame_jax.data import Source, load_source
+from ttame_jax.data import load_source, select
 from ttame_jax.explainer import load_explainer
 from ttame_jax.files import write_atomically
 from ttame_jax.methods import TTAME
@@ -81,7 +81,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         seed=config.seed,
     )
     partial = Partial(config.output, dataclasses.asdict(config))
-    rows, seconds = partial.measure(evaluator, choose(source, config.list, config.limit))
+    rows, seconds = partial.measure(evaluator, select(source, config.list, config.limit))
     figures = {
         "images": len(rows["index"]),
         "method": method.name,
@@ -96,20 +96,6 @@ def evaluate(config: EvaluateConfig) -> dict:
     partial.remove()
     print(table(figures))
     return figures
-
-
-def choose(source: Source, names: Path | None, limit: int | None) -> np.ndarray:
-    """Indices of the images that a list names (all without one), evenly thinned to a limit."""
-    indices = np.arange(len(source))
-    if names is not None:
-        wanted = [line.split()[0] for line in names.read_text().splitlines() if line.strip()]
-        indices = source.indices_of(wanted)
-        print(f"{len(indices)} of the {len(wanted)} images of {names} are in {source}")
-        if not len(indices):
-            raise ValueError(f"no image of {names} is in {source}: choose another --split")
-    if limit is not None and limit < len(indices):
-        indices = indices[np.linspace(0, len(indices) - 1, limit).astype(int)]
-    return indices
 
 
 class Partial:

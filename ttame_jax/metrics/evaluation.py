@@ -19,10 +19,13 @@ from ttame_jax.metrics.ad_ic import (
     increase_in_confidence,
     masked_confidences,
 )
+from ttame_jax.metrics.auc import deletion, insertion
+from ttame_jax.metrics.pointing import in_box, peak
 from ttame_jax.metrics.road import PROTOCOLS, road
 
-Measure = Literal["ad", "ic", "road", "road_reference"]
+Measure = Literal["ad", "ic", "road", "road_reference", "insertion", "deletion", "pointing"]
 ROAD_PROTOCOLS = {"road": "paper", "road_reference": "reference"}
+AREAS = {"insertion": insertion, "deletion": deletion}
 Rows = dict[str, np.ndarray]
 """Arrays with a row an image: ``index``, ``class``, ``confidence``, and what was measured."""
 
@@ -36,7 +39,7 @@ class Evaluator:
       method: what is measured.
       source: the images.
       masking: how a map masks an image for AD and IC; None is the backbone's own kind.
-      measures: which ones.
+      measures: which ones; pointing needs a source with boxes.
       indices: the images of the source to measure; None is all of them.
       batch_size: images at a time, over all devices of all processes.
       seed: of ROAD's noise.
@@ -57,6 +60,8 @@ class Evaluator:
         self.masking = masking or method.backbone.masking
         self.indices, self.batch_size, self.seed = indices, batch_size, seed
         self.mesh = data_mesh()
+        if "pointing" in measures and "box" not in source[0]:
+            raise ValueError(f"{source} has no boxes: leave out the measure 'pointing'")
         self._step = self._compile()
 
     def __call__(self, state: nnx.State | None = None) -> Rows:
@@ -83,7 +88,13 @@ class Evaluator:
             )
             rows = {"index": index, **self._step(state, image, index, key)}
             rows, valid = gather((rows, valid))
-            yield {name: values[valid] for name, values in rows.items()}
+            rows = {name: values[valid] for name, values in rows.items()}
+            if "pointing" in self.measures:
+                rows["pointing"] = in_box(rows.pop("peak"), self._boxes(rows["index"]))
+            yield rows
+
+    def _boxes(self, indices: Sequence[int]) -> np.ndarray:
+        return np.stack([self.source[int(index)]["box"] for index in indices])
 
     def _compile(self):
         graph = nnx.graphdef(self.method)
@@ -123,11 +134,14 @@ def measure(
     rows = {"class": classes, "confidence": probabilities.max(axis=-1)}
     if {"ad", "ic"} & set(measures):
         rows["masked"] = masked_confidences(predict, images, maps, classes, preprocessing, masking)
+    if "pointing" in measures:
+        rows["peak"] = peak(maps, images.shape[1:3])
+    maps = upsample(maps, images.shape[1:3])
+    for name in AREAS.keys() & set(measures):
+        rows[name] = AREAS[name](predict, standardised, maps, classes)
     for name in ROAD_PROTOCOLS.keys() & set(measures):
         protocol = PROTOCOLS[ROAD_PROTOCOLS[name]]
-        scores = road(
-            predict, standardised, upsample(maps, images.shape[1:3]), classes, index, key, protocol
-        )
+        scores = road(predict, standardised, maps, classes, index, key, protocol)
         rows[f"{name}_morf"], rows[f"{name}_lerf"] = scores
     return rows
 
@@ -147,6 +161,9 @@ def summarise(rows: Mapping[str, np.ndarray], measures: Sequence[Measure]) -> di
                 )
                 for order in ("MoRF", "LeRF")
             }
+    for name in ("insertion", "deletion", "pointing"):
+        if name in measures:
+            summary[name] = {"mean": 100 * float(rows[name].mean())}
     return summary
 
 

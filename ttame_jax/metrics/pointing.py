@@ -6,23 +6,25 @@ of 15 pixels around the object.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ttame_jax.masking import upsample
 
 
-def pointing_hits(maps: jax.Array, boxes: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Whether the maximum of each map, upsampled to the image, lies in the image's box.
-
-    Args:
-      maps: ``[B, h, w]``.
-      boxes: ``[B, 4]``, ymin, xmin, ymax, xmax as fractions of the image.
-      size: height and width of the image in pixels.
+def peak(maps: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Where each map ``[B, h, w]``, upsampled to an image of `size`, has its maximum.
 
     Returns:
-      bool ``[B]``; of equal maxima the first in row order counts.
+      ``[B, 2]``, the y and x of the pixel's centre as fractions of the image; of equal maxima the
+      first in row order counts.
     """
     highest = upsample(maps, size).reshape(len(maps), -1).argmax(axis=1)
-    y = (highest // size[1] + 0.5) / size[0]
-    x = (highest % size[1] + 0.5) / size[1]
-    top, left, bottom, right = jnp.asarray(boxes).T
-    return (top <= y) & (y <= bottom) & (left <= x) & (x <= right)
+    return jnp.stack(
+        [(highest // size[1] + 0.5) / size[0], (highest % size[1] + 0.5) / size[1]], axis=1
+    )
+
+
+def in_box(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Whether points ``[B, 2]`` (y, x) lie in boxes ``[B, 4]`` (ymin, xmin, ymax, xmax): bool."""
+    points, boxes = np.asarray(points), np.asarray(boxes)
+    return ((boxes[:, :2] <= points) & (points <= boxes[:, 2:])).all(axis=1)

@@ -39,6 +39,8 @@ class TrainConfig:
     """Split to measure on at the end of each epoch."""
     validation_images: int = 500
     """How many of its images (evenly spread); 0 measures nothing."""
+    validation_list: Path | None = None
+    """Only those of them that this file names, FILENAME LABEL a line."""
     variant: VariantName = "ttame"
     """Architecture of the attention mechanism (Table VI), or lcam."""
     start: Literal["random", "head"] = "random"
@@ -96,6 +98,8 @@ def load_config(run_dir: str | Path) -> TrainConfig:
     fields = json.loads(path.read_text())
     fields["output"] = Path(run_dir)
     fields["loss"] = LossConfig(**fields["loss"])
+    if fields.get("validation_list") is not None:
+        fields["validation_list"] = Path(fields["validation_list"])
     return TrainConfig(**fields)
 
 

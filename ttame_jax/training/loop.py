@@ -6,10 +6,9 @@ import signal
 import threading
 
 import jax
-import numpy as np
 from flax import nnx
 
-from ttame_jax.data import Batches, load_source, train_batches
+from ttame_jax.data import Batches, load_source, select, train_batches
 from ttame_jax.mesh import data_mesh, replicate, shard_batch
 from ttame_jax.methods import TTAME
 from ttame_jax.metrics.evaluation import Evaluator, summarise
@@ -63,7 +62,7 @@ class Run:
                 TTAME(self.backbone, self.attention),
                 source,
                 masking=self.masking,
-                indices=spread(len(source), config.validation_images),
+                indices=select(source, config.validation_list, config.validation_images),
                 batch_size=config.batch_size,
             )
 
@@ -136,11 +135,6 @@ class Run:
             f"{trained:,} parameters trained, {len(self.source):,} images, "
             f"{self.total_steps:,} steps of {self.config.batch_size}"
         )
-
-
-def spread(total: int, wanted: int) -> np.ndarray:
-    """At most `wanted` indices, evenly spread over `total`."""
-    return np.unique(np.linspace(0, total - 1, min(wanted, total)).astype(int))
 
 
 def _check(config: TrainConfig) -> None:

@@ -1,0 +1,50 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.ndimage import convolve
+
+from ttame_jax.metrics.auc import blur, deletion, insertion
+
+
+def left_brightness(images):
+    """Probability of class 1: the share of the left half that is not 0."""
+    share = (images[:, :, :2, 0] != 0).mean(axis=(1, 2))
+    return jnp.stack([1 - share, share], axis=1)
+
+
+IMAGES = jnp.ones((1, 4, 4, 1))
+CLASSES = jnp.array([1])
+
+
+def test_deleting_what_matters_first_gives_the_area_worked_out_by_hand():
+    """Eight of sixteen pixels matter; deleted first, the confidence falls to 0 half-way."""
+    left = jnp.array([[[1.0, 1, 0, 0]] * 4])
+    np.testing.assert_allclose(deletion(left_brightness, IMAGES, left, CLASSES, 16), 0.25)
+    np.testing.assert_allclose(deletion(left_brightness, IMAGES, -left, CLASSES, 16), 0.75)
+
+
+def test_inserting_what_matters_first_is_better():
+    """Where the blurred image says nothing, insertion mirrors deletion."""
+
+    def predict(images):
+        share = (images[:, :, :4, 0] > 0.999).mean(axis=(1, 2))
+        return jnp.stack([1 - share, share], axis=1)
+
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(1 + rng.uniform(0, 3, (1, 8, 8, 1)), jnp.float32)
+    images = images.at[:, ::2].set(1.0)
+    left = jnp.asarray(np.tile(np.arange(8) < 4, (1, 8, 1)), jnp.float32)
+    good = insertion(predict, images, left, CLASSES, 32)
+    bad = insertion(predict, images, -left, CLASSES, 32)
+    assert good > bad
+
+
+def test_blur_is_gaussian_with_zeros_beyond_the_border():
+    images = np.random.default_rng(1).normal(size=(2, 16, 20, 3)).astype(np.float32)
+    offsets = np.arange(11) - 5
+    line = np.exp(-(offsets**2) / 50)
+    kernel = np.outer(line, line) / line.sum() ** 2
+    for image, blurred in zip(images, np.asarray(jax.jit(blur)(images))):
+        for channel in range(3):
+            expected = convolve(image[..., channel], kernel, mode="constant")
+            np.testing.assert_allclose(blurred[..., channel], expected, atol=1e-5)
