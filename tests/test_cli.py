@@ -41,7 +41,7 @@ def test_help_names_every_command():
         assert flag in result.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "explain", "evaluate", "prepare", "demo"])
+@pytest.mark.parametrize("command", ["train", "explain", "evaluate", "curves", "prepare", "demo"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

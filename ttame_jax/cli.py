@@ -85,6 +85,18 @@ def _evaluate(config: Annotated[EvaluateConfig, tyro.conf.arg(name="")]) -> None
     evaluate(config)
 
 
+def curves(figures: tyro.conf.Positional[tuple[Path, ...]], *, output: Path) -> None:
+    """Draw the ROAD curves of evaluations, a line a method; writes PNG, SVG and CSV.
+
+    Args:
+      figures: JSON files that ttame evaluate --measures road wrote.
+      output: Folder for road.png, road.svg and road.csv.
+    """
+    from ttame_jax.experiments.curves import curves as draw_curves
+
+    draw_curves(figures, output)
+
+
 def prepare(
     dataset: tyro.conf.Positional[str],
     *,
@@ -134,6 +146,7 @@ def main(args: Sequence[str] | None = None) -> None:
             "train": _train_command(_preset_named_in(args)),
             "explain": explain,
             "evaluate": _evaluate,
+            "curves": curves,
             "prepare": prepare,
             "demo": demo,
         }

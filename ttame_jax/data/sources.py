@@ -74,9 +74,7 @@ def load_source(dataset: str, split: str, data_dir: str | Path | None = None) ->
     return TfdsSource(dataset, split, data_dir)
 
 
-def select(
-    source: Source, names: str | Path | None = None, limit: int | None = None
-) -> np.ndarray:
+def select(source: Source, names: str | Path | None = None, limit: int | None = None) -> np.ndarray:
     """Returns the indices (int64) of the images that a list names, evenly thinned to a limit.
 
     Args:

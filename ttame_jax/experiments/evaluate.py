@@ -151,13 +151,13 @@ def table(figures: dict) -> str:
         "{method} on {backbone}, {masking} masking, {images} images, "
         "{seconds_per_image:.2f} s an image".format(**figures)
     ]
-    for name, values in figures["intervals"].items():
-        curves = values if "MoRF" in values else {"": values}
-        for order, curve in curves.items():
+    for name, interval in figures["intervals"].items():
+        curves = interval if "MoRF" in interval else {"": interval}
+        for order, low_high in curves.items():
             means = figures[name][order] if order else figures[name]
             cells = [
-                f"{key}: {means[key]:.1f} [{low:.1f}, {high:.1f}]"
-                for key, (low, high) in curve.items()
+                f"{key}: {mean:.1f} [{low_high[key][0]:.1f}, {low_high[key][1]:.1f}]"
+                for key, mean in means.items()
             ]
             lines.append(f"{name} {order}".strip() + "  " + "  ".join(cells))
     return "\n".join(lines)

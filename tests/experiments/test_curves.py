@@ -1,0 +1,51 @@
+import csv
+import json
+
+import pytest
+from PIL import Image
+
+from ttame_jax.cli import main
+
+TENS = [str(v) for v in range(10, 100, 10)]
+
+
+def figures(path, method, start):
+    values = {v: start - int(v) / 2 for v in TENS}
+    curve = {"mean": sum(values.values()) / 9, **values}
+    path.write_text(json.dumps({"method": method, "ROAD": {"MoRF": curve, "LeRF": curve}}))
+    return str(path)
+
+
+def test_curves_are_drawn_and_their_numbers_written(tmp_path, capsys):
+    files = [
+        figures(tmp_path / "a.json", "ttame", 80),
+        figures(tmp_path / "b.json", "gradcam", 60),
+    ]
+    main(["curves", *files, "--output", str(tmp_path / "out")])
+    with Image.open(tmp_path / "out" / "road.png") as picture:
+        assert picture.width > 600
+    svg = (tmp_path / "out" / "road.svg").read_text()
+    assert "<svg" in svg
+    rows = list(csv.reader((tmp_path / "out" / "road.csv").open()))
+    assert rows[0] == ["method", "order", "mean", *TENS]
+    assert [row[:2] for row in rows[1:]] == [
+        ["ttame", "MoRF"],
+        ["ttame", "LeRF"],
+        ["gradcam", "MoRF"],
+        ["gradcam", "LeRF"],
+    ]
+    assert float(rows[1][3]) == 75
+    assert "ttame, gradcam" in capsys.readouterr().out
+
+
+def test_two_runs_of_a_method_are_named_by_their_files(tmp_path, capsys):
+    files = [figures(tmp_path / f"{name}.json", "ttame", 80) for name in ("paper", "reference")]
+    main(["curves", *files, "--output", str(tmp_path)])
+    assert "paper, reference" in capsys.readouterr().out
+
+
+def test_a_file_without_road_is_refused(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"method": "ttame", "AD": {}}')
+    with pytest.raises(SystemExit, match="a.json has no ROAD figures"):
+        main(["curves", str(path), "--output", str(tmp_path)])

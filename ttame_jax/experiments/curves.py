@@ -1,0 +1,85 @@
+"""`ttame curves`: ROAD over the share of removed pixels, a line a method (Fig. 8 to 13)."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ttame_jax.files import write_atomically
+from ttame_jax.plots import save_figure
+
+# Okabe and Ito's colours, told apart by colour-blind readers; markers and dashes tell the lines
+# apart in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = "os^Dv<>P"
+DASHES = ("-", "--", "-.", ":")
+ORDERS = {"MoRF": "most relevant first (lower is better)", "LeRF": "least relevant first (higher)"}
+
+
+def curves(figures: Sequence[Path], output: Path) -> None:
+    """Draws the ROAD curves of evaluations, and writes their numbers.
+
+    Args:
+      figures: JSON files of ``ttame evaluate --measures road``; lines are named by their method,
+        or by the file where two have the same.
+      output: folder for ``road.png``, ``road.svg`` and ``road.csv``.
+
+    Raises:
+      ValueError: if a file holds no ROAD figures.
+    """
+    lines = _read(figures)
+    figure = draw(lines)
+    for suffix in ("png", "svg"):
+        save_figure(figure, output / f"road.{suffix}")
+    write_atomically(output / "road.csv", table(lines))
+    print(f"{output / 'road.png'}, .svg and .csv: {', '.join(lines)}")
+
+
+def _read(paths: Sequence[Path]) -> dict[str, dict]:
+    """``{name: {"MoRF": {"10": ...}, "LeRF": ...}}``."""
+    if not paths:
+        raise ValueError("no figures given: ttame curves FIGURES.json... --output DIR")
+    contents = [json.loads(path.read_text()) for path in paths]
+    for path, content in zip(paths, contents):
+        if "ROAD" not in content:
+            raise ValueError(f"{path} has no ROAD figures: run ttame evaluate --measures road")
+    methods = [content["method"] for content in contents]
+    unique = len(set(methods)) == len(methods)
+    names = methods if unique else [path.stem for path in paths]
+    return {name: content["ROAD"] for name, content in zip(names, contents)}
+
+
+def draw(lines: Mapping[str, Mapping]) -> Figure:
+    """MoRF and LeRF side by side."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, (order, title) in zip(figure.subplots(1, 2, sharey=True), ORDERS.items()):
+        for i, (name, road) in enumerate(lines.items()):
+            percentages = [key for key in road[order] if key != "mean"]
+            axes.plot(
+                [int(percent) for percent in percentages],
+                [road[order][percent] for percent in percentages],
+                color=COLOURS[i % len(COLOURS)],
+                marker=MARKERS[i % len(MARKERS)],
+                linestyle=DASHES[i % len(DASHES)],
+                label=f"{name} ({road[order]['mean']:.1f})",
+            )
+        axes.set(title=f"{order}: {title}", xlabel="removed pixels, %", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(title="mean", fontsize=8)
+    figure.axes[0].set_ylabel("confidence, %")
+    return figure
+
+
+def table(lines: Mapping[str, Mapping]) -> str:
+    """The curves' numbers as CSV: a line a method and order."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    columns = list(next(iter(lines.values()))["MoRF"])
+    writer.writerow(["method", "order", *columns])
+    for name, road in lines.items():
+        for order in ORDERS:
+            writer.writerow([name, order, *(f"{road[order][key]:.3f}" for key in columns)])
+    return buffer.getvalue()
