@@ -127,6 +127,7 @@ def explainer_config(
         **module_config(backbone, library or known[0]),
         "attention": {
             "channels": list(attention.channels),
+            "widths": list(attention.widths),
             "num_classes": backbone.num_classes,
             "skip": settings.skip,
             "batch_norm": settings.batch_norm,

@@ -41,6 +41,7 @@ COUNTER = "num_batches_tracked"
 VERSIONS = {
     "TAME": "ttame",
     "TTAME": "ttame",
+    "Noskipconnection": "no_skip_reference",
     "NoskipNobatchnorm": "no_skip_no_batch_norm",
     "Sigmoidinfeaturebranch": "sigmoid",
     "lcam": "lcam",
@@ -202,11 +203,6 @@ def _layers(reference: Reference, model: str, config: dict) -> tuple[str | None,
 
 def _variant(reference: Reference, model: str, layers: int) -> str:
     version = reference.hyper_parameters.get("attention_version", "TAME")
-    if version == "Noskipconnection":
-        raise ValueError(
-            f"{reference.path} is of attention_version 'Noskipconnection', which is not supported: "
-            "its branches give as many channels as there are classes, unlike the paper's"
-        )
     if version == "TTAME" and model.startswith("vit"):
         raise ValueError(
             f"{reference.path} is of attention_version 'TTAME', which is not supported for a ViT: "

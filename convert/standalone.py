@@ -25,16 +25,16 @@ class Attention(nn.Module):
     A branch is `up(activation(BatchNorm(Conv1x1(features)) + features))`.
     """
 
-    def __init__(self, channels, num_classes, skip, batch_norm, activation, branches):
+    def __init__(self, channels, widths, num_classes, skip, batch_norm, activation, branches):
         super().__init__()
         self.skip, self.activation = skip, activation
         if not branches:  # L-CAM-Img
             self.convs, self.bns = None, None
             self.op = nn.Conv2d(channels[0], num_classes, 1)
             return
-        self.convs = nn.ModuleList([nn.Conv2d(count, count, 1) for count in channels])
-        self.bns = nn.ModuleList([nn.BatchNorm2d(c) for c in channels]) if batch_norm else None
-        self.fuser = nn.Conv2d(sum(channels), num_classes, 1)
+        self.convs = nn.ModuleList([nn.Conv2d(*sizes, 1) for sizes in zip(channels, widths)])
+        self.bns = nn.ModuleList([nn.BatchNorm2d(w) for w in widths]) if batch_norm else None
+        self.fuser = nn.Conv2d(sum(widths), num_classes, 1)
 
     def forward(self, features):
         if self.convs is None:

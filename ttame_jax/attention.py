@@ -26,11 +26,13 @@ class Variant:
     activation: Literal["relu", "sigmoid"] = "relu"
     layers: int | None = None  # only the last so many feature maps; None is all of them
     branches: bool = True  # False: the feature maps go straight into the fusion
+    class_wide: bool = False  # branches have a channel a class, not one a channel of their input
 
 
 VARIANTS = {
     "ttame": Variant(),
     "no_skip": Variant(skip=False),
+    "no_skip_reference": Variant(skip=False, class_wide=True),  # as the authors' code has it
     "no_skip_no_batch_norm": Variant(skip=False, batch_norm=False),
     "sigmoid": Variant(activation="sigmoid"),
     "two_layers": Variant(layers=2),
@@ -38,7 +40,14 @@ VARIANTS = {
     "lcam": Variant(layers=1, branches=False),
 }
 VariantName = Literal[
-    "ttame", "no_skip", "no_skip_no_batch_norm", "sigmoid", "two_layers", "one_layer", "lcam"
+    "ttame",
+    "no_skip",
+    "no_skip_reference",
+    "no_skip_no_batch_norm",
+    "sigmoid",
+    "two_layers",
+    "one_layer",
+    "lcam",
 ]
 
 
@@ -95,12 +104,14 @@ class BatchNorm(nnx.Module):
 
 
 class FeatureBranch(nnx.Module):
-    """Fig. 3(b) without its upsampling: ``ReLU(BN(Conv1x1(L)) + L)``, ``[B, H, W, C]``."""
+    """Fig. 3(b) without its upsampling: ``ReLU(BN(Conv1x1(L)) + L)``, ``[B, H, W, width]``."""
 
-    def __init__(self, channels: int, settings: Variant, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, channels: int, width: int, settings: Variant, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
         self.settings = settings
-        self.conv = conv1x1(channels, channels, dtype, rngs)
-        self.norm = BatchNorm(channels) if settings.batch_norm else None
+        self.conv = conv1x1(channels, width, dtype, rngs)
+        self.norm = BatchNorm(width) if settings.batch_norm else None
 
     def __call__(self, features: jax.Array, train: bool) -> jax.Array:
         x = self.conv(features)
@@ -140,13 +151,17 @@ class AttentionMechanism(nnx.Module):
         settings = VARIANTS[variant]
         self.first_layer = len(channels) - (settings.layers or len(channels))
         self.channels = tuple(channels[self.first_layer :])
+        self.widths = (num_classes,) * len(self.channels) if settings.class_wide else self.channels
         self.dtype = dtype
         self.branches = nnx.List(
-            [FeatureBranch(count, settings, dtype, rngs) for count in self.channels]
+            [
+                FeatureBranch(channels, width, settings, dtype, rngs)
+                for channels, width in zip(self.channels, self.widths)
+            ]
             if settings.branches
             else []
         )
-        self.fusion = conv1x1(sum(self.channels), num_classes, dtype, rngs)
+        self.fusion = conv1x1(sum(self.widths), num_classes, dtype, rngs)
 
     def __call__(
         self,
@@ -175,8 +190,8 @@ class AttentionMechanism(nnx.Module):
             kernel, bias = kernel[classes], bias[classes]
         kernel_axes = "bkc" if kernel.ndim == 3 else "kc"
         total, start = bias[..., None, None], 0
-        for m, channels in zip(maps, self.channels):
-            rows = kernel[..., start : start + channels].astype(self.dtype)
+        for m, width in zip(maps, self.widths):
+            rows = kernel[..., start : start + width].astype(self.dtype)
             fused = jnp.einsum(
                 f"bhwc,{kernel_axes}->bkhw",
                 m.astype(self.dtype),
@@ -184,7 +199,7 @@ class AttentionMechanism(nnx.Module):
                 preferred_element_type=jnp.float32,
             )
             total = total + upsample(fused, size)
-            start += channels
+            start += width
         return total
 
     def start_from_head(self, class_weights: jax.Array) -> None:

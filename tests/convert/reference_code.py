@@ -19,7 +19,9 @@ CHANNELS = {
 }
 
 
-def attention_state(channels, classes=1000, *, batch_norm=True, lcam=False, steps=7, seed=0):
+def attention_state(
+    channels, classes=1000, *, batch_norm=True, lcam=False, class_wide=False, steps=7, seed=0
+):
     """Random tensors of the attention mechanism, without prefix."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -30,14 +32,15 @@ def attention_state(channels, classes=1000, *, batch_norm=True, lcam=False, step
     if lcam:
         return conv("op", classes, channels[-1])
     state = {}
-    for i, count in enumerate(channels):
-        state |= conv(f"convs.{i}", count, count)
-    for i, count in enumerate(channels if batch_norm else ()):
+    widths = [classes if class_wide else count for count in channels]
+    for i, sizes in enumerate(zip(widths, channels)):
+        state |= conv(f"convs.{i}", *sizes)
+    for i, count in enumerate(widths if batch_norm else ()):
         for name in ("weight", "bias", "running_mean"):
             state[f"bns.{i}.{name}"] = torch.randn(count, generator=generator)
         state[f"bns.{i}.running_var"] = 0.5 + torch.rand(count, generator=generator)
         state[f"bns.{i}.num_batches_tracked"] = torch.tensor(steps)
-    return state | conv("fuser", classes, sum(channels))
+    return state | conv("fuser", classes, sum(widths))
 
 
 def class_maps(state, features, *, skip=True, activation=torch.relu):

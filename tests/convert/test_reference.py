@@ -66,6 +66,7 @@ def written(tmp_path, squeezenet):
 
 VARIANTS = {
     "ttame": ("TAME", 3, {}),
+    "no_skip_reference": ("Noskipconnection", 3, {"class_wide": True}),
     "no_skip_no_batch_norm": ("NoskipNobatchnorm", 3, {"batch_norm": False}),
     "sigmoid": ("Sigmoidinfeaturebranch", 3, {}),
     "two_layers": ("TAME", 2, {}),
@@ -104,7 +105,7 @@ def test_every_variant_comes_in_and_goes_back_bit_for_bit(variant, written, tmp_
     expected = class_maps(
         state,
         features,
-        skip=variant != "no_skip_no_batch_norm",
+        skip=not variant.startswith("no_skip"),
         activation=torch.sigmoid if variant == "sigmoid" else torch.relu,
     )[:, 3:4]
     np.testing.assert_allclose(maps, scaled(expected).numpy(), atol=1e-5)
@@ -246,7 +247,6 @@ def refused(path, output, **options):
 @pytest.mark.parametrize(
     ("hyper_parameters", "message"),
     [
-        ({"attention_version": "Noskipconnection"}, "as many channels as there are classes"),
         ({"attention_version": "TAttentionV3"}, "attention_version 'TAttentionV3', which is not"),
         ({"attention_version": ["TAME"]}, "attention_version ['TAME'], which is not supported"),
         (
