@@ -11,6 +11,6 @@ CONFIG = TrainConfig(
     backbone="squeezenet1_0",
     output=Path("runs/squeezenet1_0"),
     start="head",
-    epochs=4,
+    epochs=3,
     learning_rate=2e-3,
 )

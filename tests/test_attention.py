@@ -155,7 +155,7 @@ def test_started_from_the_head_the_maps_are_class_activation_maps(variant):
     rectified = [np.maximum(f, 0) for f in features()]
     maps = attention(rectified)
     cam = jnp.einsum("bhwc,ck->bkhw", rectified[-1], weights)
-    expected = upsample(cam, maps.shape[-2:]) / np.linalg.norm(weights, axis=0).mean()
+    expected = 4 * upsample(cam, maps.shape[-2:]) / np.linalg.norm(weights, axis=0).mean()
     np.testing.assert_allclose(maps, expected, atol=1e-5)
 
 

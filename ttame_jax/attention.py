@@ -51,8 +51,9 @@ VariantName = Literal[
 ]
 
 
-# Mean length of a class's weights when they start from the classifier's head.
-_START_NORM = 1.0
+# Mean length of a class's weights when they start from the classifier's head: feature maps of unit
+# deviation then give class maps that use the whole of the sigmoid without saturating it.
+_START_NORM = 4.0
 
 
 def conv1x1(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
@@ -206,8 +207,7 @@ class AttentionMechanism(nnx.Module):
         """Makes the class maps those of CAM: the classifier's own weights on its last feature map.
 
         Branches start as ``ReLU(L)``: their BatchNorms' scales are zero (as He et al. start
-        residual branches, arXiv:1812.01187), and earlier feature maps have no weight yet. Class
-        maps keep the magnitude that the random start gives them.
+        residual branches, arXiv:1812.01187), and earlier feature maps have no weight yet.
 
         Args:
           class_weights: ``[C, Cls]`` for the last feature map, as ``Backbone.class_weights``.
