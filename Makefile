@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-lowest clean
 
 demo: $(STAMP)
 	$(VENV)/bin/ttame demo --output demo
@@ -17,5 +17,16 @@ $(STAMP): pyproject.toml
 	$(VENV)/bin/pip install --quiet --editable '.[dev]'
 	touch $@
 
+# The oldest versions that pyproject.toml allows, without PyTorch and TensorFlow: what trains,
+# explains and measures.
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet uv
+	.venv-lowest/bin/uv pip compile --quiet --resolution lowest-direct --extra demo \
+		pyproject.toml --output-file .venv-lowest/versions.txt
+	.venv-lowest/bin/pip install --quiet -r .venv-lowest/versions.txt pytest
+	.venv-lowest/bin/python -m pytest tests/training/test_step.py tests/training/test_loop.py \
+		tests/test_explainer.py tests/test_cli.py tests/metrics/test_evaluation.py
+
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) .venv-lowest demo
