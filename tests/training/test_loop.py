@@ -12,8 +12,10 @@ from flax import nnx
 
 from ttame_jax import load_explainer
 from ttame_jax.losses import LossConfig
+from ttame_jax.training.checkpoints import load_attention
 from ttame_jax.training.config import TrainConfig, load_config
 from ttame_jax.training.loop import train
+from ttame_jax.training.models import build_attention, build_backbone
 
 TINY = {
     "image_size": 32,
@@ -93,6 +95,8 @@ def test_the_best_checkpoint_is_kept_and_loaded(config):
     best = max(measured, key=lambda line: line["IC_15"] - line["AD_15"])["step"]
     kept = {int(path.name) for path in (config.output / "checkpoints").iterdir()}
     assert kept == {best, 20, 24}
+    attention = build_attention(config, build_backbone(config))
+    assert load_attention(config.output, attention) == best
 
 
 def command(config, output, **flags):
