@@ -5,19 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import TINY
 
 from ttame_jax import AttentionMechanism, Explainer, load_backbone, load_explainer
 from ttame_jax.training.config import TrainConfig
 from ttame_jax.training.loop import train
 
-TINY = {
-    "image_size": 32,
-    "patch_size": 8,
-    "width": 32,
-    "depth": 3,
-    "num_heads": 2,
-    "num_classes": 5,
-}
 IMAGES = np.random.default_rng(0).uniform(size=(3, 32, 32, 3)).astype(np.float32)
 
 

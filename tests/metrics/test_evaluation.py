@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh
+from tiny import TINY
 
 from ttame_jax import AttentionMechanism, load_backbone
 from ttame_jax.data import load_source
@@ -11,14 +12,6 @@ from ttame_jax.metrics import evaluation
 from ttame_jax.metrics.evaluation import Evaluator, intervals, summarise
 
 MEASURES = ("ad", "ic", "road", "road_reference", "insertion", "deletion")
-TINY = {
-    "image_size": 32,
-    "patch_size": 8,
-    "width": 32,
-    "depth": 3,
-    "num_heads": 2,
-    "num_classes": 5,
-}
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import TINY
 
 from ttame_jax import load_explainer
 from ttame_jax.losses import LossConfig
@@ -16,15 +17,6 @@ from ttame_jax.training.checkpoints import load_attention
 from ttame_jax.training.config import TrainConfig, load_config
 from ttame_jax.training.loop import train
 from ttame_jax.training.models import build_attention, build_backbone
-
-TINY = {
-    "image_size": 32,
-    "patch_size": 8,
-    "width": 32,
-    "depth": 3,
-    "num_heads": 2,
-    "num_classes": 5,
-}
 
 
 @pytest.fixture

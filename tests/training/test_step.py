@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh
+from tiny import TINY
 
 from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import load_backbone
@@ -14,14 +15,6 @@ from ttame_jax.training.optimizer import OneCycle, one_cycle_sgd
 from ttame_jax.training.step import initial_state, make_train_step
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
-TINY = {
-    "image_size": 32,
-    "patch_size": 8,
-    "width": 32,
-    "depth": 3,
-    "num_heads": 2,
-    "num_classes": 5,
-}
 
 
 def setup(devices=1, dtype="float32", masking=None, recipe="paper", peak=0.05):
