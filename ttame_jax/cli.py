@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import absl.logging
 import numpy as np
 import tyro
 
@@ -140,7 +139,6 @@ def _train_command(default: TrainConfig):
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; a mistake in it ends with one line that says what to do."""
     args = list(sys.argv[1:] if args is None else args)
-    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of what is meant
     with one_line_errors("ttame"):
         commands = {
             "train": _train_command(_preset_named_in(args)),
