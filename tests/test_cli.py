@@ -199,3 +199,9 @@ def test_mistakes_end_with_one_line(words, message):
         main(words)
     text = str(stop.value.code)
     assert text.startswith("ttame: ") and message in text and "\n" not in text
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_refused(run, tmp_path):
+    words = ["evaluate", "--run", str(run), "--batch-size", "9", "--output"]
+    with pytest.raises(SystemExit, match="--batch-size 9 does not divide over 8 devices"):
+        main([*words, str(tmp_path / "figures.json")])

@@ -43,6 +43,9 @@ class Evaluator:
       indices: the images of the source to measure; None is all of them.
       batch_size: images at a time, over all devices of all processes.
       seed: of ROAD's noise.
+
+    Raises:
+      ValueError: if the batch does not divide over the devices, or pointing finds no boxes.
     """
 
     def __init__(
@@ -60,6 +63,10 @@ class Evaluator:
         self.masking = masking or method.backbone.masking
         self.indices, self.batch_size, self.seed = indices, batch_size, seed
         self.mesh = data_mesh()
+        if batch_size % self.mesh.size:
+            raise ValueError(
+                f"--batch-size {batch_size} does not divide over {self.mesh.size} devices"
+            )
         if "pointing" in measures and "box" not in source[0]:
             raise ValueError(f"{source} has no boxes: leave out the measure 'pointing'")
         self._step = self._compile()
