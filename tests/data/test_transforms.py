@@ -50,11 +50,34 @@ def test_training_draws_every_crop_and_mirror_image_and_nothing_else():
     assert unflipped == {draw for draw in crops.values() if not draw[2]}
 
 
-def test_training_resizes_first():
-    encoded = encode(noise(40, 80))
-    resized = np.asarray(noise(40, 80).resize((8, 16), Image.Resampling.BILINEAR))
-    crop = training_image(encoded, SMALL, np.random.default_rng(0), flip=False)
-    assert any((resized[t : t + 6, s : s + 6] == crop).all() for t in range(11) for s in range(3))
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(40, 80), (80, 40), (37, 53), (7, 5)])
+def test_training_crops_as_if_all_were_resized_first(size, interpolation):
+    preprocessing = Preprocessing(image_size=6, resize_size=8, interpolation=interpolation)
+    image, short = noise(*size), min(size)
+    filtering = Image.Resampling[interpolation.upper()]
+    resized = np.asarray(image.resize([8 * side // short for side in size], filtering), int)
+    crop = training_image(encode(image), preprocessing, np.random.default_rng(0), flip=False)
+    windows = np.lib.stride_tricks.sliding_window_view(resized, (6, 6, 3)).reshape(-1, 6, 6, 3)
+    # Pillow may resize rows before columns or after, each rounded to a level.
+    assert np.abs(windows - crop).max(axis=(1, 2, 3)).min() <= 1
+
+
+def test_large_jpegs_are_decoded_smaller_to_train_and_whole_to_evaluate():
+    photograph = noise(10, 8).resize((100, 80), Image.Resampling.BICUBIC)
+    encoded = encode(photograph, "JPEG", quality=95)
+    assert decode(encoded).size == (100, 80)
+    assert decode(encoded, shortest=16).size == (25, 20)
+    assert decode(encoded, shortest=21).size == (50, 40)
+    assert decode(encode(photograph), shortest=16).size == (100, 80)
+
+    whole = encode(decode(encoded))
+    np.testing.assert_array_equal(evaluation_image(encoded, SMALL), evaluation_image(whole, SMALL))
+    drawn, expected = (
+        training_image(data, SMALL, np.random.default_rng(0)).astype(int)
+        for data in (encoded, whole)
+    )
+    assert 0 < np.abs(drawn - expected).max() <= 4
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """From an encoded image to the uint8 square a classifier sees, on the CPU with Pillow.
 
-Resizing and cropping equal torchvision's `Resize` and `CenterCrop` on PIL images, bit for bit.
-Scaling to [0, 1] and standardising follow on the device.
+To evaluate, resizing and cropping equal torchvision's `Resize` and `CenterCrop` on PIL images, bit
+for bit. To train, only the crop is resized, and very large JPEGs are decoded smaller: quicker,
+and the same to the eye. Scaling to [0, 1] and standardising follow on the device.
 """
 
 from __future__ import annotations
@@ -17,18 +18,31 @@ if TYPE_CHECKING:
     from ttame_jax.backbones import Preprocessing
 
 
+# A JPEG may be decoded at a half, a quarter or an eighth of its size for next to nothing. As long
+# as the result is resized to at most half of that, less changes than between bilinear and bicubic.
+_DRAFT_MARGIN = 2
+
+
 class UnreadableImage(OSError):
     """The bytes are not an image, or a damaged one."""
 
 
-def decode(encoded: bytes) -> Image.Image:
+def decode(encoded: bytes, shortest: int | None = None) -> Image.Image:
     """Decodes an image of any format Pillow reads to RGB; transparency is dropped.
 
     An EXIF orientation is ignored, as in the data sets the classifiers were trained on.
-    Raises UnreadableImage.
+
+    Args:
+      encoded: the file's bytes.
+      shortest: a JPEG may come smaller by 2, 4 or 8 while its shortest side stays as long as this.
+
+    Raises:
+      UnreadableImage: the bytes are not an image, or a damaged one.
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
+            if shortest is not None:
+                image.draft(None, (shortest, shortest))
             return _to_rgb(image)
     except Exception as error:  # damaged files raise nearly anything from within Pillow
         raise UnreadableImage(f"cannot decode the image: {error}") from error
@@ -38,11 +52,14 @@ def training_image(
     encoded: bytes, preprocessing: Preprocessing, rng: np.random.Generator, flip: bool = True
 ) -> np.ndarray:
     """Returns a random crop, mirrored half of the time if `flip`: uint8 [S, S, 3]."""
-    image = _resize_shortest(decode(encoded), preprocessing)
+    image = decode(encoded, _DRAFT_MARGIN * preprocessing.resize_size)
+    width, height = _resized_size(image, preprocessing)
     size = preprocessing.image_size
-    left = rng.integers(image.width - size, endpoint=True)
-    top = rng.integers(image.height - size, endpoint=True)
-    crop = _crop(image, left, top, size)
+    left = rng.integers(width - size, endpoint=True)
+    top = rng.integers(height - size, endpoint=True)
+    across, down = image.width / width, image.height / height  # pixels of `image` in one of ours
+    box = (left * across, top * down, (left + size) * across, (top + size) * down)
+    crop = np.asarray(image.resize((size, size), _filter(preprocessing), box))
     return crop[:, ::-1] if flip and rng.random() < 0.5 else crop
 
 
@@ -84,20 +101,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _resize_shortest(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+def _resized_size(image: Image.Image, preprocessing: Preprocessing) -> tuple[int, ...]:
     short, target = min(image.size), preprocessing.resize_size
-    if short == target:
-        return image
-    size = [target if side == short else int(target * side / short) for side in image.size]
-    return image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
+    return tuple(target if side == short else int(target * side / short) for side in image.size)
+
+
+def _filter(preprocessing: Preprocessing) -> Image.Resampling:
+    return Image.Resampling[preprocessing.interpolation.upper()]
 
 
 def _centre_crop(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    image = _resize_shortest(image, preprocessing)
+    image = image.resize(_resized_size(image, preprocessing), _filter(preprocessing))
     size = preprocessing.image_size
     # `round` is Python's, to even, as in torchvision
-    return _crop(image, round((image.width - size) / 2), round((image.height - size) / 2), size)
-
-
-def _crop(image: Image.Image, left: int, top: int, size: int) -> np.ndarray:
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size)))
