@@ -162,3 +162,27 @@ def test_another_image_size_keeps_the_share_that_is_cropped(abstract_backbone):
     assert (preprocessing.image_size, preprocessing.resize_size) == (448, 512)
     preprocessing = abstract_backbone("vit", **TINY_VIT).preprocessing
     assert (preprocessing.image_size, preprocessing.resize_size) == (32, 32)
+
+
+@pytest.mark.parametrize("name", ["vgg11", "resnet18", "vit_ti16", "squeezenet1_0", "digits_cnn"])
+def test_a_backbone_split_at_its_target_layer_computes_the_same_logits(name):
+    backbone = load_backbone(name)
+    size = backbone.preprocessing.image_size
+    images = jax.random.normal(jax.random.key(0), (1, size, size, 3))
+    before, after = backbone.split()
+    np.testing.assert_allclose(after(before(images)), backbone(images)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_vit_splits_inside_a_block_with_its_residual_stream_beside_the_layer():
+    backbone = load_backbone("digits_vit")
+    before, after = backbone.split("blocks.3.norm1")
+    normed, stream = before(jnp.ones((2, 64, 64, 3)))
+    changed = after((jnp.zeros_like(normed), stream))
+    assert normed.shape == stream.shape == (2, 65, 64)
+    assert not np.allclose(changed, after((normed, stream)))
+    assert not np.allclose(changed, after((jnp.zeros_like(normed), jnp.zeros_like(stream))))
+
+
+def test_an_unknown_layer_is_refused_with_the_names_there_are():
+    with pytest.raises(ValueError, match=r"no layer 'layer4'; it has stem, layers.0.0"):
+        load_backbone("digits_cnn").split("layer4")

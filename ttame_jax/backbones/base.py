@@ -1,6 +1,6 @@
 """What every frozen classifier offers: preprocessing, masking kind, logits and feature maps."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -10,6 +10,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 Masking = Literal["pixel", "standardised"]
+
+State = tuple[jax.Array, ...]
+"""What a layer hands to the next one: its output, then whatever else goes on beside it."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,17 @@ class Preprocessing:
         return replace(self, image_size=image_size, resize_size=resize_size)
 
 
+def chain(
+    named: Iterable[tuple[str, Callable[[jax.Array], jax.Array]]],
+) -> list[tuple[str, Callable[..., State]]]:
+    """Functions of one array as layers: nothing goes on beside it."""
+
+    def layer(function):
+        return lambda x: (function(x),)
+
+    return [(name, layer(function)) for name, function in named]
+
+
 IMAGENET = Preprocessing()
 
 
@@ -58,11 +72,15 @@ class Backbone(nnx.Module):
       masking: how the paper masks this classifier's input with a mask E (Sec. III-C):
         "pixel", |E * I| with |.| the standardisation, or "standardised", E * |I|.
       min_size: smallest height and width of an input, in pixels.
+      feature_layers: names of the layers (see `named_layers`) whose outputs are the feature maps.
+      target_layer: name of the layer that CAM methods read.
       architecture: the family's `Variant`, where the name does not tell it (timm's models).
     """
 
     masking: ClassVar[Masking] = "pixel"
     min_size: int = 1
+    feature_layers: tuple[str, ...]
+    target_layer: str
 
     def __init__(
         self,
@@ -97,12 +115,58 @@ class Backbone(nnx.Module):
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"{self.name} takes images [B, H, W, 3], got {list(images.shape)}")
         self.check_size(*images.shape[1:3])
-        logits, features = self.forward(images.astype(self.dtype))
-        return logits.astype(jnp.float32), features
+        state, features = (images.astype(self.dtype),), []
+        for name, layer in self.named_layers():
+            state = layer(*state)
+            if name in self.feature_layers:
+                features.append(self.feature_map(state[0]))
+        return state[0].astype(jnp.float32), tuple(features)
 
-    def forward(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """The family's computation: x [B, H, W, 3] in `dtype` -> (logits, feature maps)."""
+    def named_layers(self) -> list[tuple[str, Callable[..., State]]]:
+        """The family's computation, layer by layer: from images in `dtype` to logits.
+
+        Each layer takes the state of the one before, as arguments; the last gives (logits,).
+        """
         raise NotImplementedError
+
+    def feature_map(self, x: jax.Array) -> jax.Array:
+        """A layer's output as [B, H_i, W_i, C_i]."""
+        return x
+
+    def split(
+        self, layer: str | None = None
+    ) -> tuple[Callable[[jax.Array], State], Callable[[State], jax.Array]]:
+        """The computation up to a layer and from there on.
+
+        Args:
+          layer: a name in `named_layers`; None is `target_layer`.
+
+        Returns:
+          ``before``: standardised images [B, H, W, 3] -> the layer's state, its output first; and
+          ``after``: a state -> logits [B, num_classes] in float32.
+
+        Raises:
+          ValueError: there is no such layer.
+        """
+        layer = layer or self.target_layer
+        layers = self.named_layers()
+        names = [name for name, _ in layers][:-1]
+        if layer not in names:
+            raise ValueError(f"{self.name} has no layer {layer!r}; it has {', '.join(names)}")
+        cut = names.index(layer) + 1
+
+        def run(part, state):
+            for _, step in part:
+                state = step(*state)
+            return state
+
+        def before(images):
+            return run(layers[:cut], (images.astype(self.dtype),))
+
+        def after(state):
+            return run(layers[cut:], state)[0].astype(jnp.float32)
+
+        return before, after
 
     def check_size(self, height: int, width: int) -> None:
         """Raises ValueError for an input size that this classifier cannot take."""

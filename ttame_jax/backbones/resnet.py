@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .base import DIGITS, IMAGENET, Backbone, Preprocessing
+from .base import DIGITS, IMAGENET, Backbone, Preprocessing, chain
 from .layers import Conv, FrozenBatchNorm, max_pool
 
 
@@ -164,6 +164,8 @@ class ResNet(Backbone):
             architecture,
         )
         self.variant = variant
+        ends = tuple(f"layers.{i}.{depth - 1}" for i, depth in enumerate(variant.depths))
+        self.feature_layers, self.target_layer = ends[-3:], ends[-1]
         options = {"use_bias": False, "dtype": self.dtype, "rngs": rngs}
         features, self.stem = 3, nnx.List()
         for width in variant.stem[:-1]:
@@ -195,14 +197,18 @@ class ResNet(Backbone):
     def class_weights(self):
         return self.fc.kernel[...]
 
-    def forward(self, x):
+    def named_layers(self):
+        blocks = [
+            (f"layers.{i}.{j}", block)
+            for i, layer in enumerate(self.layers)
+            for j, block in enumerate(layer)
+        ]
+        return chain([("stem", self._begin), *blocks, ("head", self._classify)])
+
+    def _begin(self, x):
         for convolution in self.stem:
             x = nnx.relu(convolution(x))
-        x = nnx.relu(self.bn1(self.conv1(x)))
-        x = max_pool(x, 3, 2, (1, 1))
-        features = []
-        for layer in self.layers:
-            for block in layer:
-                x = block(x)
-            features.append(x)
-        return self.fc(x.astype(jnp.float32).mean(axis=(1, 2))), tuple(features[1:])
+        return max_pool(nnx.relu(self.bn1(self.conv1(x))), 3, 2, (1, 1))
+
+    def _classify(self, x):
+        return self.fc(x.astype(jnp.float32).mean(axis=(1, 2)))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .base import IMAGENET, Backbone, Preprocessing
+from .base import IMAGENET, Backbone, Preprocessing, chain
 from .layers import Conv, max_pool
 
 
@@ -74,6 +74,8 @@ class SqueezeNet(Backbone):
         super().__init__(name, num_classes, preprocessing, image_size, dtype)
         variant = VARIANTS[name]
         self.min_size = variant.min_size
+        self.target_layer = f"stages.2.{len(variant.stages[2]) - 1}"
+        self.feature_layers = ("stages.1.pool", "stages.2.pool", self.target_layer)
         options = {"dtype": self.dtype, "rngs": rngs}
         width, kernel = variant.stem_width, variant.stem_kernel
         self.stem = Conv(3, width, (kernel, kernel), strides=2, padding="VALID", **options)
@@ -90,14 +92,13 @@ class SqueezeNet(Backbone):
     def class_weights(self):
         return self.head.kernel[0, 0]
 
-    def forward(self, x):
-        x = nnx.relu(self.stem(x))
-        features = []
-        for stage in self.stages:
+    def named_layers(self):
+        layers = [("stem", lambda x: nnx.relu(self.stem(x)))]
+        for i, stage in enumerate(self.stages):
             # One row and column of -inf at the end is PyTorch's ceil_mode for this window.
-            x = max_pool(x, 3, 2, (0, 1))
-            features.append(x)
-            for fire in stage:
-                x = fire(x)
-        logits = nnx.relu(self.head(x)).mean(axis=(1, 2))
-        return logits, (*features[1:], x)
+            layers.append((f"stages.{i}.pool", lambda x: max_pool(x, 3, 2, (0, 1))))
+            layers += [(f"stages.{i}.{j}", fire) for j, fire in enumerate(stage)]
+        return chain([*layers, ("head", self._classify)])
+
+    def _classify(self, x):
+        return nnx.relu(self.head(x)).mean(axis=(1, 2))

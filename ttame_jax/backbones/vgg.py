@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .base import IMAGENET, Backbone, Preprocessing
+from .base import IMAGENET, Backbone, Preprocessing, chain
 from .layers import Conv, FrozenBatchNorm, adaptive_average_pool, max_pool
 
 
@@ -69,8 +69,12 @@ class VGG(Backbone):
         if features not in ("pool", "conv"):
             raise ValueError(f"features of {name} are 'pool' or 'conv', not {features!r}")
         super().__init__(name, num_classes, preprocessing, image_size, dtype, architecture)
-        self.features = features
         self.variant = variant = architecture or VARIANTS[name]
+        self.features = features
+        convolutions = [f"stages.{i}.{depth - 1}" for i, depth in enumerate(variant.depths)]
+        pools = [f"stages.{i}.pool" for i in range(len(variant.depths))]
+        self.feature_layers = tuple({"pool": pools, "conv": convolutions}[features][-3:])
+        self.target_layer = convolutions[-1]
         options = {"dtype": self.dtype, "rngs": rngs}
         in_features = 3
         self.stages = nnx.List()
@@ -84,14 +88,13 @@ class VGG(Backbone):
         self.fc2 = nnx.Linear(4096, 4096, **options)
         self.head = nnx.Linear(4096, num_classes, dtype=jnp.float32, rngs=rngs)
 
-    def forward(self, x):
-        features = []
-        for stage in self.stages:
-            for block in stage:
-                x = block(x)
-            pooled = max_pool(x, 2, 2, (0, 0))
-            features.append(pooled if self.features == "pool" else x)
-            x = pooled
+    def named_layers(self):
+        layers = []
+        for i, stage in enumerate(self.stages):
+            layers += [(f"stages.{i}.{j}", block) for j, block in enumerate(stage)]
+            layers.append((f"stages.{i}.pool", lambda x: max_pool(x, 2, 2, (0, 0))))
+        return chain([*layers, ("head", self._classify)])
+
+    def _classify(self, x):
         x = adaptive_average_pool(x, GRID).reshape(len(x), -1)
-        x = nnx.relu(self.fc2(nnx.relu(self.fc1(x))))
-        return self.head(x), tuple(features[-3:])
+        return self.head(nnx.relu(self.fc2(nnx.relu(self.fc1(x)))))

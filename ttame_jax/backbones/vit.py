@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .base import DIGITS, IMAGENET, Backbone, Preprocessing
+from .base import DIGITS, IMAGENET, Backbone, Preprocessing, State, chain
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Encoder block, [B, N, D] -> (output, first LayerNorm's output), both [B, N, D]."""
+    """Encoder block, [B, N, D] -> [B, N, D], in two steps: its first LayerNorm, and the rest."""
 
     def __init__(self, variant: Variant, **options):
         width, epsilon = variant.width, variant.epsilon
@@ -108,10 +108,14 @@ class Block(nnx.Module):
             nnx.Param(jnp.ones(width)) if variant.layer_scale else None for _ in range(2)
         )
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        normed = self.norm1(x)
+    def normed(self, x: jax.Array) -> State:
+        """Tokens -> (the first LayerNorm's output, tokens)."""
+        return self.norm1(x), x
+
+    def rest(self, normed: jax.Array, x: jax.Array) -> State:
+        """What `normed` gives -> (the block's output,)."""
         x = x + _scaled(self.attn(normed), self.scale1)
-        return x + _scaled(self.mlp(self.norm2(x)), self.scale2), normed
+        return (x + _scaled(self.mlp(self.norm2(x)), self.scale2),)
 
 
 def _scaled(x: jax.Array, scale: nnx.Param | None) -> jax.Array:
@@ -168,6 +172,10 @@ class ViT(Backbone):
             )
         self.variant = variant
         self.features = features
+        ending = {"block": "", "norm": ".norm1"}[features]
+        last = range(variant.depth)[-3:]
+        self.feature_layers = tuple(f"blocks.{i}{ending}" for i in last)
+        self.target_layer = f"blocks.{last[-1]}.norm1"
         self.side = size // patch
         self.prefix = variant.class_token + variant.registers  # tokens before the patches
         options = {"dtype": self.dtype, "rngs": rngs}
@@ -202,13 +210,11 @@ class ViT(Backbone):
         """How many tokens before the patches have a position embedding."""
         return self.prefix if self.variant.embed_prefix else 0
 
-    def forward(self, x):
-        x = self.embed(x)
-        features = []
-        for block in self.blocks:
-            x, normed = block(x)
-            features.append(self.feature_map(x if self.features == "block" else normed))
-        return self.head(self.pooled(x)), tuple(features[-3:])
+    def named_layers(self):
+        layers = chain([("embed", self.embed)])
+        for i, block in enumerate(self.blocks):
+            layers += [(f"blocks.{i}.norm1", block.normed), (f"blocks.{i}", block.rest)]
+        return layers + chain([("head", lambda x: self.head(self.pooled(x)))])
 
     def embed(self, x: jax.Array) -> jax.Array:
         """Images [B, H, W, 3] -> tokens [B, prefix + N, D]: class token, registers, patches."""
