@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from .base import DIGITS, IMAGENET, Backbone, Preprocessing, State, chain
+from .layers import classify
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,12 @@ class Block(nnx.Module):
 
     def rest(self, normed: jax.Array, x: jax.Array) -> State:
         """What `normed` gives -> (the block's output,)."""
-        x = x + _scaled(self.attn(normed), self.scale1)
-        return (x + _scaled(self.mlp(self.norm2(x)), self.scale2),)
+        x = x + scaled(self.attn(normed), self.scale1)
+        return (x + scaled(self.mlp(self.norm2(x)), self.scale2),)
 
 
-def _scaled(x: jax.Array, scale: nnx.Param | None) -> jax.Array:
+def scaled(x: jax.Array, scale: nnx.Param | None) -> jax.Array:
+    """LayerScale: x [..., D] times a block's `scale1` or `scale2`, where it has one."""
     return x if scale is None else x * scale[...].astype(x.dtype)
 
 
@@ -214,7 +216,10 @@ class ViT(Backbone):
         layers = chain([("embed", self.embed)])
         for i, block in enumerate(self.blocks):
             layers += [(f"blocks.{i}.norm1", block.normed), (f"blocks.{i}", block.rest)]
-        return layers + chain([("head", lambda x: self.head(self.pooled(x)))])
+        return layers + chain([("head", self._classify)])
+
+    def _classify(self, x, classes=None):
+        return classify(self.head, self.pooled(x), classes)
 
     def embed(self, x: jax.Array) -> jax.Array:
         """Images [B, H, W, 3] -> tokens [B, prefix + N, D]: class token, registers, patches."""
