@@ -170,7 +170,10 @@ def test_a_backbone_split_at_its_target_layer_computes_the_same_logits(name):
     size = backbone.preprocessing.image_size
     images = jax.random.normal(jax.random.key(0), (1, size, size, 3))
     before, after = backbone.split()
-    np.testing.assert_allclose(after(before(images)), backbone(images)[0], rtol=1e-5, atol=1e-6)
+    logits, _ = backbone(images)
+    np.testing.assert_allclose(after(before(images)), logits, rtol=1e-5, atol=1e-6)
+    some = jnp.array([7, 2])
+    np.testing.assert_allclose(after(before(images), some), logits[:, some], rtol=1e-5, atol=1e-6)
 
 
 def test_a_vit_splits_inside_a_block_with_its_residual_stream_beside_the_layer():

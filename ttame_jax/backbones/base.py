@@ -41,14 +41,20 @@ class Preprocessing:
 
 
 def chain(
-    named: Iterable[tuple[str, Callable[[jax.Array], jax.Array]]],
+    named: Iterable[tuple[str, Callable[..., jax.Array]]],
 ) -> list[tuple[str, Callable[..., State]]]:
     """Functions of one array as layers: nothing goes on beside it."""
 
     def layer(function):
-        return lambda x: (function(x),)
+        return lambda *arguments: (function(*arguments),)
 
     return [(name, layer(function)) for name, function in named]
+
+
+def _run(steps: Iterable[Callable[..., State]], state: State) -> State:
+    for step in steps:
+        state = step(*state)
+    return state
 
 
 IMAGENET = Preprocessing()
@@ -125,7 +131,8 @@ class Backbone(nnx.Module):
     def named_layers(self) -> list[tuple[str, Callable[..., State]]]:
         """The family's computation, layer by layer: from images in `dtype` to logits.
 
-        Each layer takes the state of the one before, as arguments; the last gives (logits,).
+        Each layer takes the state of the one before, as arguments. The last one, "head", gives
+        (logits,), and takes classes [K], too, to compute theirs alone (None: all).
         """
         raise NotImplementedError
 
@@ -135,7 +142,7 @@ class Backbone(nnx.Module):
 
     def split(
         self, layer: str | None = None
-    ) -> tuple[Callable[[jax.Array], State], Callable[[State], jax.Array]]:
+    ) -> tuple[Callable[[jax.Array], State], Callable[..., jax.Array]]:
         """The computation up to a layer and from there on.
 
         Args:
@@ -143,28 +150,24 @@ class Backbone(nnx.Module):
 
         Returns:
           ``before``: standardised images [B, H, W, 3] -> the layer's state, its output first; and
-          ``after``: a state -> logits [B, num_classes] in float32.
+          ``after``: a state -> logits [B, num_classes] in float32, or, of classes [K] alone,
+          [B, K].
 
         Raises:
           ValueError: there is no such layer.
         """
         layer = layer or self.target_layer
-        layers = self.named_layers()
-        names = [name for name, _ in layers][:-1]
-        if layer not in names:
-            raise ValueError(f"{self.name} has no layer {layer!r}; it has {', '.join(names)}")
+        names, steps = zip(*self.named_layers())
+        if layer not in names[:-1]:
+            raise ValueError(f"{self.name} has no layer {layer!r}; it has {', '.join(names[:-1])}")
         cut = names.index(layer) + 1
 
-        def run(part, state):
-            for _, step in part:
-                state = step(*state)
-            return state
-
         def before(images):
-            return run(layers[:cut], (images.astype(self.dtype),))
+            return _run(steps[:cut], (images.astype(self.dtype),))
 
-        def after(state):
-            return run(layers[cut:], state)[0].astype(jnp.float32)
+        def after(state, classes=None):
+            state = _run(steps[cut:-1], state)
+            return steps[-1](*state, classes)[0].astype(jnp.float32)
 
         return before, after
 

@@ -10,6 +10,16 @@ from flax import nnx
 Conv = partial(nnx.Conv, kernel_init=nnx.initializers.he_normal())
 
 
+def classify(
+    head: nnx.Linear | nnx.Conv, x: jax.Array, classes: jax.Array | None = None
+) -> jax.Array:
+    """What a fully connected (or 1x1 convolution) head gives [..., C] for classes [K], or all."""
+    if classes is None:
+        return head(x)
+    kernel, bias = head.kernel[...], head.bias[...]
+    return x.astype(kernel.dtype) @ kernel.reshape(-1, bias.size)[:, classes] + bias[classes]
+
+
 class FrozenBatchNorm(nnx.Module):
     """BatchNorm that only ever uses its running statistics, whatever mode the module is put in.
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from .base import DIGITS, IMAGENET, Backbone, Preprocessing, chain
-from .layers import Conv, FrozenBatchNorm, max_pool
+from .layers import Conv, FrozenBatchNorm, classify, max_pool
 
 
 @dataclass(frozen=True)
@@ -210,5 +210,5 @@ class ResNet(Backbone):
             x = nnx.relu(convolution(x))
         return max_pool(nnx.relu(self.bn1(self.conv1(x))), 3, 2, (1, 1))
 
-    def _classify(self, x):
-        return self.fc(x.astype(jnp.float32).mean(axis=(1, 2)))
+    def _classify(self, x, classes=None):
+        return classify(self.fc, x.astype(jnp.float32).mean(axis=(1, 2)), classes)

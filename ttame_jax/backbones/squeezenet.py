@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from .base import IMAGENET, Backbone, Preprocessing, chain
-from .layers import Conv, max_pool
+from .layers import Conv, classify, max_pool
 
 
 @dataclass(frozen=True)
@@ -100,5 +100,5 @@ class SqueezeNet(Backbone):
             layers += [(f"stages.{i}.{j}", fire) for j, fire in enumerate(stage)]
         return chain([*layers, ("head", self._classify)])
 
-    def _classify(self, x):
-        return nnx.relu(self.head(x)).mean(axis=(1, 2))
+    def _classify(self, x, classes=None):
+        return nnx.relu(classify(self.head, x, classes)).mean(axis=(1, 2))

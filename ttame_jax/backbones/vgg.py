@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from .base import IMAGENET, Backbone, Preprocessing, chain
-from .layers import Conv, FrozenBatchNorm, adaptive_average_pool, max_pool
+from .layers import Conv, FrozenBatchNorm, adaptive_average_pool, classify, max_pool
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,6 @@ class VGG(Backbone):
             layers.append((f"stages.{i}.pool", lambda x: max_pool(x, 2, 2, (0, 0))))
         return chain([*layers, ("head", self._classify)])
 
-    def _classify(self, x):
+    def _classify(self, x, classes=None):
         x = adaptive_average_pool(x, GRID).reshape(len(x), -1)
-        return self.head(nnx.relu(self.fc2(nnx.relu(self.fc1(x)))))
+        return classify(self.head, nnx.relu(self.fc2(nnx.relu(self.fc1(x)))), classes)

@@ -5,6 +5,9 @@ from flax import nnx
 
 from ttame_jax.backbones import Backbone
 
+FORWARD_BATCH = 32
+"""Perturbed images that a device classifies at a time; memory grows with it and nothing else."""
+
 
 class Method(nnx.Module):
     """Explains a backbone's decisions: ``(images, classes) -> maps``.
@@ -31,5 +34,20 @@ class Method(nnx.Module):
 
     @property
     def forward_passes(self) -> int:
-        """Of the backbone, for one explanation (FP in the paper's tables)."""
+        """Of the backbone, for one explanation (FP in the paper's tables).
+
+        A pass that begins at an inner layer counts as one, too.
+        """
         raise NotImplementedError
+
+
+@nnx.jit
+def explain(method: Method, images: jax.Array, classes: jax.Array) -> jax.Array:
+    """A method's maps, compiled: ``[B, H, W, 3]`` in [0, 1], ``[B, K]`` -> ``[B, K, h, w]``."""
+    return method(images, classes)
+
+
+def chunk_size(perturbations: int, images: int) -> int:
+    """How many perturbations of each image to classify at a time, so that none are left over."""
+    most = max(FORWARD_BATCH // images, 1)
+    return next(n for n in range(min(most, perturbations), 0, -1) if perturbations % n == 0)

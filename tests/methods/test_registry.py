@@ -1,0 +1,46 @@
+import pytest
+from flax import nnx
+
+from ttame_jax.attention import AttentionMechanism
+from ttame_jax.backbones import load_backbone
+from ttame_jax.methods import list_methods, load_method
+
+
+@pytest.fixture(scope="module")
+def cnn():
+    return load_backbone("digits_cnn")
+
+
+def mechanism(backbone, variant):
+    channels = [c for _, _, c in backbone.feature_shapes()]
+    return AttentionMechanism(channels, backbone.num_classes, variant=variant, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_every_method_is_built_by_its_name(name, cnn):
+    backbone = load_backbone("digits_vit") if name == "transformer_lrp" else cnn
+    attention = mechanism(backbone, name) if name in ("lcam", "ttame") else None
+    method = load_method(name, backbone, attention)
+    assert method.name == name
+    assert method.forward_passes >= 1
+
+
+def test_options_reach_the_method(cnn):
+    assert load_method("rise", cnn, masks=12).forward_passes == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "config", "message"),
+    [
+        ("lime", None, {}, "unknown method 'lime'; there are gradcam,"),
+        ("gradcam", None, {"masks": 3}, "gradcam has no option masks; it has layer"),
+        ("ttame", None, {}, "'ttame' needs .* this is no run: .* --variant ttame"),
+        ("lcam", "ttame", {}, "'lcam' needs .* a run of variant 'ttame': .* --variant lcam"),
+        ("transformer_lrp", None, {}, "ViT"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_a_line(name, variant, config, message, cnn):
+    attention = mechanism(cnn, variant) if variant else None
+    with pytest.raises(ValueError, match=message) as error:
+        load_method(name, cnn, attention, **config)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,45 @@
+"""What the CAM methods share: a target layer, and weights for its channels."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ttame_jax.backbones import Backbone
+from ttame_jax.masking import min_max_scale
+from ttame_jax.methods.base import Method
+
+
+class CAM(Method):
+    """A weighted sum of the target layer's channels, its positive part.
+
+    Args:
+      backbone: the classifier to explain.
+      layer: name of the layer to read; None is the backbone's ``target_layer``: the last
+        convolution's output (after ReLU) of a CNN, the first LayerNorm of a ViT's last block.
+
+    Raises:
+      ValueError: if the backbone has no such layer.
+    """
+
+    def __init__(self, backbone: Backbone, layer: str | None = None):
+        super().__init__(backbone)
+        backbone.split(layer)  # says so if there is no such layer
+        self.layer = layer or backbone.target_layer
+
+    @property
+    def channels(self) -> int:
+        """Of the target layer."""
+        size = self.backbone.preprocessing.image_size
+        image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+        output, *_ = nnx.eval_shape(lambda cam, x: cam.split()[0](x), self, image)
+        return output.shape[-1]
+
+    def split(self):
+        """The backbone up to the target layer and from there on, as ``Backbone.split``."""
+        return self.backbone.split(self.layer)
+
+    def combine(self, output: jax.Array, weights: jax.Array) -> jax.Array:
+        """The layer's output and channel weights ``[B, K, C]`` -> maps ``[B, K, h, w]``."""
+        activations = self.backbone.feature_map(output).astype(jnp.float32)
+        maps = jnp.einsum("bhwc,bkc->bkhw", activations, weights)
+        return min_max_scale(jax.nn.relu(maps))
