@@ -1,0 +1,143 @@
+"""Relevance propagation through a ViT (Chefer, Gur and Wolf, "Transformer Interpretability
+Beyond Attention Visualization", CVPR 2021, arXiv:2012.09838; `transformer_attribution` of
+their code). Equation numbers are that paper's.
+
+A rule hands the relevance of a layer's output on to its inputs. LayerNorm, softmax, the MLP's
+activation and a learned scale have one input for each output, and hand it on as it is.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from ttame_jax.backbones import Backbone
+from ttame_jax.backbones.vit import Block
+from ttame_jax.masking import min_max_scale
+from ttame_jax.methods.base import Method
+from ttame_jax.methods.vit_blocks import (
+    Trace,
+    class_token_row,
+    join_heads,
+    patch_maps,
+    require_class_token,
+    run_block,
+    split_heads,
+)
+
+
+class TransformerLRP(Method):
+    """What each patch passes on to the class token: attention maps weighted by their relevance.
+
+    In each block the relevance R of the attention map meets its gradient, and the blocks are
+    rolled out: ``I + mean over heads (gradient * R)+`` (Eq. 13), multiplied over the blocks
+    (Eq. 14); the class token's row is the map, ``[B, K, sqrt N, sqrt N]``.
+
+    Raises:
+      ValueError: the backbone is no ViT with a class token.
+    """
+
+    name = "transformer_lrp"
+    forward_passes = 1
+
+    def __init__(self, backbone: Backbone):
+        require_class_token(backbone, self.name)
+        super().__init__(backbone)
+
+    def __call__(self, images: jax.Array, classes: jax.Array) -> jax.Array:
+        backbone = self.backbone
+        standardised = backbone.preprocessing.standardise(images).astype(backbone.dtype)
+        targets = jax.nn.one_hot(classes, backbone.num_classes)
+        rows = jax.vmap(self._rows)(backbone.embed(standardised), targets)
+        return min_max_scale(patch_maps(backbone, rows))
+
+    def _rows(self, tokens: jax.Array, targets: jax.Array) -> jax.Array:
+        """One image's tokens [N, D] and targets [K, num_classes] -> [K, N]."""
+        backbone, steps = self.backbone, []
+        for block in backbone.blocks:
+            shift = jnp.zeros((block.attn.num_heads, len(tokens), len(tokens)))
+
+            def shifted(x, shift, block=block):
+                return run_block(block, x, lambda weights: weights + shift)
+
+            tokens, backward, trace = jax.vjp(shifted, tokens, shift, has_aux=True)
+            steps.append((block, backward, trace))
+
+        def classify(tokens):
+            pooled = backbone.pooled(tokens[None])
+            return backbone.head(pooled)[0], pooled[0]
+
+        _, backward_head, pooled = jax.vjp(classify, tokens, has_aux=True)
+
+        def explain(target):
+            (gradient,) = backward_head(target)
+            relevance = (
+                jnp.zeros(tokens.shape).at[0].set(linear(pooled, backbone.head.kernel[...], target))
+            )
+            maps = []
+            for block, backward, trace in reversed(steps):
+                gradient, map_gradient = backward(gradient)
+                relevance, map_relevance = propagate(block, trace, relevance)
+                heads = jax.nn.relu(map_gradient * map_relevance)
+                maps.append(jnp.eye(len(tokens)) + heads.mean(axis=0))
+            return class_token_row(maps)
+
+        return jax.vmap(explain)(targets)
+
+
+def propagate(block: Block, trace: Trace, relevance: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Relevance [N, D] of a block's output -> that of its input, and of its attention map."""
+    attn, mlp = block.attn, block.mlp
+    middle, branch2 = add(trace.middle, trace.branch2, relevance)
+    hidden = linear(trace.hidden, mlp.fc2.kernel[...], branch2)
+    middle = middle + linear(trace.normed2, mlp.fc1.kernel[...], hidden)
+    x, branch1 = add(trace.x, trace.branch1, middle)
+    mixed = linear(trace.mixed, attn.proj.kernel[...], branch1)
+    weights, value = matmul(trace.weights, trace.value, split_heads(mixed, attn.num_heads))
+    query, key = matmul(trace.query, trace.key.mT, weights)
+    qkv = jnp.concatenate([join_heads(part) for part in (query, key.mT, value)], axis=-1)
+    return x + linear(trace.normed1, attn.qkv.kernel[...], qkv), weights
+
+
+def taylor(layer: Callable, inputs: tuple[jax.Array, ...], relevance: jax.Array):
+    """Eq. 2: each input gets ``R_j = sum_i X_j dL_i/dX_j R_i / L_i``.
+
+    Outputs of exactly 0 have no inputs to share their relevance among: it is lost.
+    """
+    inputs = tuple(x.astype(relevance.dtype) for x in inputs)
+    outputs, backward = jax.vjp(layer, *inputs)
+    shares = backward(_ratio(relevance, outputs))
+    return tuple(x * share for x, share in zip(inputs, shares))
+
+
+def linear(x: jax.Array, kernel: jax.Array, relevance: jax.Array) -> jax.Array:
+    """Eq. 5: only what adds to an output, ``x_j w_ji > 0``, gets its relevance; no bias does.
+
+    x [..., D], kernel [D, E], relevance [..., E] -> [..., D].
+    """
+    up, down = jnp.maximum(kernel, 0), jnp.minimum(kernel, 0)
+    signs = jnp.maximum(x, 0), jnp.minimum(x, 0)
+    return sum(taylor(lambda p, n: p @ up + n @ down, signs, relevance))
+
+
+def matmul(u: jax.Array, v: jax.Array, relevance: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eq. 7 for ``u @ v``. All of R arrives at u and again at v, so that Eq. 9 is one half."""
+    shares = taylor(jnp.matmul, (u, v), relevance)
+    return shares[0] / 2, shares[1] / 2
+
+
+def add(u: jax.Array, v: jax.Array, relevance: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eq. 7 and 9 for ``u + v``: each gets a part of R by the size of its share's sum.
+
+    Shares of both signs can be far larger than R; scaled so, they sum up to R once more.
+    """
+    shares = taylor(jnp.add, (u, v), relevance)
+    sums = [share.sum() for share in shares]
+    size = sum(jnp.abs(total) for total in sums)
+    parts = [_ratio(jnp.abs(total), size) * relevance.sum() for total in sums]
+    return tuple(x * _ratio(part, total) for x, part, total in zip(shares, parts, sums))
+
+
+def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a / b, 0 where b is."""
+    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))

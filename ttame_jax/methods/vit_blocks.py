@@ -1,0 +1,103 @@
+"""ViT blocks opened up for the methods that read attention maps: one image, `[N, D]`.
+
+Batches are `jax.vmap` over these functions, so that no image can see another.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ttame_jax.backbones import Backbone
+from ttame_jax.backbones.vit import ACTIVATIONS, Block, ViT, scaled
+
+
+class Trace(NamedTuple):
+    """What a block computes on the way: `heads` h, `d` channels of a head, `M` of the MLP."""
+
+    x: jax.Array  # [N, D], the block's input
+    normed1: jax.Array  # [N, D]
+    query: jax.Array  # [h, N, d]
+    key: jax.Array  # [h, N, d]
+    value: jax.Array  # [h, N, d]
+    weights: jax.Array  # [h, N, N], the attention map A: rows sum up to 1
+    mixed: jax.Array  # [N, D], A V
+    branch1: jax.Array  # [N, D], what attention adds to x
+    middle: jax.Array  # [N, D]
+    normed2: jax.Array  # [N, D]
+    hidden: jax.Array  # [N, M]
+    branch2: jax.Array  # [N, D], what the MLP adds to the middle
+
+
+def run_block(
+    block: Block, x: jax.Array, change: Callable[[jax.Array], jax.Array] = lambda weights: weights
+) -> tuple[jax.Array, Trace]:
+    """The block's output [N, D], with its attention map changed on the way."""
+    attn, mlp = block.attn, block.mlp
+    normed1 = block.norm1(x)
+    query, key, value = split_qkv(attn.qkv(normed1), attn.num_heads)
+    scores = query @ key.mT / jnp.sqrt(query.shape[-1]).astype(query.dtype)
+    weights = change(jax.nn.softmax(scores.astype(jnp.float32)))
+    mixed = join_heads(weights.astype(value.dtype) @ value)
+    branch1 = scaled(attn.proj(mixed), block.scale1)
+    middle = x + branch1
+    normed2 = block.norm2(middle)
+    hidden = ACTIVATIONS[mlp.activation](mlp.fc1(normed2))
+    branch2 = scaled(mlp.fc2(hidden), block.scale2)
+    trace = Trace(
+        x,
+        normed1,
+        query,
+        key,
+        value,
+        weights,
+        mixed,
+        branch1,
+        middle,
+        normed2,
+        hidden,
+        branch2,
+    )
+    return middle + branch2, trace
+
+
+def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
+    """[N, D] -> [h, N, d]."""
+    return x.reshape(len(x), num_heads, -1).swapaxes(0, 1)
+
+
+def join_heads(x: jax.Array) -> jax.Array:
+    """[h, N, d] -> [N, D]."""
+    return x.swapaxes(0, 1).reshape(x.shape[1], -1)
+
+
+def split_qkv(qkv: jax.Array, num_heads: int) -> list[jax.Array]:
+    """[N, 3 D] -> queries, keys and values [h, N, d]."""
+    return [split_heads(x, num_heads) for x in jnp.split(qkv, 3, axis=-1)]
+
+
+def class_token_row(maps: Sequence[jax.Array]) -> jax.Array:
+    """The class token's row [N] of the product of token maps [N, N], those of the last block
+    first (attention rollout, Abnar and Zuidema, ACL 2020)."""
+    row, *rest = maps
+    row = row[0]
+    for matrix in rest:
+        row = row @ matrix
+    return row
+
+
+def patch_maps(backbone: ViT, rows: jax.Array) -> jax.Array:
+    """Values of tokens [B, K, N] -> those of the patches in their place, [B, K, side, side]."""
+    return jnp.moveaxis(backbone.feature_map(rows.swapaxes(1, 2)), -1, 1)
+
+
+def require_class_token(backbone: Backbone, method: str) -> None:
+    """Raises ValueError unless the backbone is a ViT that reads its classes off a class token."""
+    if not isinstance(backbone, ViT):
+        raise ValueError(f"{method} explains ViTs only; {backbone.name} is none")
+    if backbone.variant.pool != "token":
+        raise ValueError(
+            f"{method} follows the class token, which {backbone.name} does not read: "
+            "it averages its patches"
+        )
