@@ -73,8 +73,8 @@ class BatchNorm(nnx.Module):
     """Batch normalisation over all axes but the last, with PyTorch's running statistics.
 
     eps is 1e-5; a running average takes a tenth of the new value, which for the variance is the
-    unbiased one (Flax's own keeps the biased one). Statistics are of the local batch; computed
-    in float32.
+    unbiased one (Flax's own keeps the biased one). Statistics are computed in float32, of the
+    device's own part of the batch, or of the whole batch over the mesh axis that is named.
     """
 
     epsilon = 1e-5
@@ -86,12 +86,13 @@ class BatchNorm(nnx.Module):
         self.mean = nnx.BatchStat(jnp.zeros(channels))
         self.var = nnx.BatchStat(jnp.ones(channels))
 
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, axis_name: str | None = None) -> jax.Array:
         if train:
-            axes = tuple(range(x.ndim - 1))
             values = x.astype(jnp.float32)
-            mean, var = values.mean(axes), values.var(axes)
-            count = x.size // x.shape[-1]
+            mean = _mean(values, axis_name)
+            var = _mean(jnp.square(values - mean), axis_name)
+            devices = jax.lax.axis_size(axis_name) if axis_name else 1
+            count = devices * x.size // x.shape[-1]
             self._update(self.mean, mean)
             self._update(self.var, var * count / max(count - 1, 1))
         else:
@@ -104,6 +105,12 @@ class BatchNorm(nnx.Module):
         running[...] = (1 - self.momentum) * running[...] + self.momentum * new
 
 
+def _mean(values: jax.Array, axis_name: str | None) -> jax.Array:
+    """Mean of every channel ``[..., C]``, over the devices too where their axis is named."""
+    mean = values.mean(tuple(range(values.ndim - 1)))
+    return jax.lax.pmean(mean, axis_name) if axis_name else mean
+
+
 class FeatureBranch(nnx.Module):
     """Fig. 3(b) without its upsampling: ``ReLU(BN(Conv1x1(L)) + L)``, ``[B, H, W, width]``."""
 
@@ -114,10 +121,12 @@ class FeatureBranch(nnx.Module):
         self.conv = conv1x1(channels, width, dtype, rngs)
         self.norm = BatchNorm(width) if settings.batch_norm else None
 
-    def __call__(self, features: jax.Array, train: bool) -> jax.Array:
+    def __call__(
+        self, features: jax.Array, train: bool, axis_name: str | None = None
+    ) -> jax.Array:
         x = self.conv(features)
         if self.norm is not None:
-            x = self.norm(x, train)
+            x = self.norm(x, train, axis_name)
         if self.settings.skip:
             x = x + features.astype(x.dtype)
         return jax.nn.sigmoid(x) if self.settings.activation == "sigmoid" else jax.nn.relu(x)
@@ -170,6 +179,7 @@ class AttentionMechanism(nnx.Module):
         classes: jax.Array | None = None,
         *,
         train: bool = False,
+        axis_name: str | None = None,
     ) -> jax.Array:
         """Class maps before the activation.
 
@@ -177,6 +187,8 @@ class AttentionMechanism(nnx.Module):
           features: ``[B, H_i, W_i, C_i]`` each, as the backbone gives them.
           classes: ``[K]``, the same for every image, or ``[B, K]``; None is all of them, in order.
           train: whether batch statistics normalise (and move the running ones).
+          axis_name: of the mesh axis over which those statistics are taken; None is each device
+            by itself.
 
         Returns:
           ``[B, K, H_e, W_e]`` float32, with the spatial size of the largest feature map used.
@@ -184,7 +196,7 @@ class AttentionMechanism(nnx.Module):
         maps = features[self.first_layer :]
         size = (max(m.shape[1] for m in maps), max(m.shape[2] for m in maps))
         if self.branches:
-            maps = [branch(m, train) for branch, m in zip(self.branches, maps)]
+            maps = [branch(m, train, axis_name) for branch, m in zip(self.branches, maps)]
 
         kernel, bias = self.fusion.kernel[...].T, self.fusion.bias[...]  # [Cls, sum C], [Cls]
         if classes is not None:

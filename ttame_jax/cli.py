@@ -4,15 +4,18 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated
 
 import numpy as np
 import tyro
+from etils import epath
 
 from ttame_jax.errors import one_line_errors
+from ttame_jax.experiments.compare import CompareConfig, compare
 from ttame_jax.experiments.evaluate import EvaluateConfig, evaluate
 from ttame_jax.files import save_arrays
+from ttame_jax.startup import Processes, joined, use_compilation_cache
 from ttame_jax.training.config import TrainConfig, preset
 
 
@@ -79,9 +82,22 @@ def _explain_one(explainer, picture: np.ndarray, classes, stem: Path) -> None:
     print(f"{stem}.png: {', '.join(titles)}")
 
 
-def _evaluate(config: Annotated[EvaluateConfig, tyro.conf.arg(name="")]) -> None:
-    """Measure a run's maps by AD, IC and ROAD; writes JSON and prints a table."""
-    evaluate(config)
+def _evaluate(
+    config: Annotated[EvaluateConfig, tyro.conf.arg(name="")],
+    processes: Annotated[Processes, tyro.conf.arg(name="")],
+) -> None:
+    """Measure a run's maps, or another method's, by AD, IC, ROAD; writes JSON, prints a table."""
+    with joined(processes), one_line_errors("ttame"):
+        evaluate(config)
+
+
+def _compare(
+    config: Annotated[CompareConfig, tyro.conf.arg(name="")],
+    processes: Annotated[Processes, tyro.conf.arg(name="")],
+) -> None:
+    """Measure several methods on a run's backbone; writes tables, ROAD curves and a picture."""
+    with joined(processes), one_line_errors("ttame"):
+        compare(config)
 
 
 def curves(figures: tyro.conf.Positional[tuple[Path, ...]], *, output: Path) -> None:
@@ -127,11 +143,16 @@ def demo(output: Path = Path("demo")) -> None:
 
 
 def _train_command(default: TrainConfig):
-    def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default) -> None:
+    def train(
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
+        *,
+        processes: Annotated[Processes, tyro.conf.arg(name="")],
+    ) -> None:
         """Train an attention mechanism for a frozen classifier, or resume its run."""
         from ttame_jax.training.loop import train as run
 
-        run(config)
+        with joined(processes), one_line_errors("ttame"):
+            run(config)
 
     return train
 
@@ -139,11 +160,13 @@ def _train_command(default: TrainConfig):
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; a mistake in it ends with one line that says what to do."""
     args = list(sys.argv[1:] if args is None else args)
-    with one_line_errors("ttame"):
+    use_compilation_cache()
+    with one_line_errors("ttame"), _paths:
         commands = {
             "train": _train_command(_preset_named_in(args)),
             "explain": explain,
             "evaluate": _evaluate,
+            "compare": _compare,
             "curves": curves,
             "prepare": prepare,
             "demo": demo,
@@ -154,6 +177,23 @@ def main(args: Sequence[str] | None = None) -> None:
             description="T-TAME: explanation maps for image classifiers in one forward pass.",
             args=args,
         )
+
+
+_paths = tyro.constructors.ConstructorRegistry()
+
+
+@_paths.primitive_rule
+def _path_rule(info):
+    """Every path may be an address in a bucket: pathlib would make gs:/bucket of gs://bucket."""
+    if info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: epath.Path(words[0]),
+        is_instance=lambda value: isinstance(value, PurePath),
+        str_from_instance=lambda path: [str(path)],
+    )
 
 
 def _preset_named_in(args: Sequence[str]) -> TrainConfig:

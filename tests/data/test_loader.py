@@ -77,18 +77,22 @@ def test_each_epoch_has_every_image_once_in_an_order_and_with_crops_of_its_own()
     assert orders[1] not in [batch["index"].tolist() for batch in neighbour]
 
 
-def test_processes_read_disjoint_shards_that_make_up_the_whole():
-    shards = [
-        set(indices(take(train(batch_size=1, process_index=i, process_count=3), 24)))
-        for i in range(3)
-    ]
-    assert sorted(len(shard) for shard in shards) == [7, 8, 8]
-    assert set.union(*shards) == set(range(23))
+def test_processes_read_the_parts_of_the_same_global_batches():
+    whole = take(train(batch_size=6), 8)
+    parts = [take(train(batch_size=2, process_index=i, process_count=3), 8) for i in range(3)]
+    for batch, *shared in zip(whole, *parts, strict=True):
+        for name, values in batch.items():
+            np.testing.assert_array_equal(values, np.concatenate([part[name] for part in shared]))
 
 
-def test_more_processes_than_images_is_an_error():
-    with pytest.raises(ValueError, match="2 images are too few for 3 processes"):
-        train(size=2, process_index=2, process_count=3)
+def test_a_state_saved_by_two_processes_continues_in_one():
+    halves = [train(batch_size=3, process_index=i, process_count=2) for i in range(2)]
+    for half in halves:
+        take(half, 7)
+    whole = train(batch_size=6)
+    whole.set_state(halves[1].get_state())
+    expected = [indices(take(half, 1)) for half in halves]
+    assert next(whole)["index"].tolist() == expected[0] + expected[1]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -135,14 +139,13 @@ def test_evaluation_of_chosen_images():
     assert indices(batches) == [20, 3, 3, -1]
 
 
-def test_evaluation_shards_are_disjoint_complete_and_equally_long():
+def test_evaluation_by_processes_reads_the_parts_of_the_same_batches():
     shards = [
         list(evaluation_batches(Pictures(23), SMALL, 4, process_index=i, process_count=3))
         for i in range(3)
     ]
-    assert [len(shard) for shard in shards] == [2, 2, 2]
-    read = [index for shard in shards for index in indices(shard) if index >= 0]
-    assert sorted(read) == list(range(23))
+    together = [indices(batches) for batches in zip(*shards, strict=True)]
+    assert together == [[*range(12)], [*range(12, 23), -1]]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -62,7 +62,9 @@ def test_a_run_writes_what_it_promises(config, capfd):
         "variation",
         "learning_rate",
         "images_per_second",
+        "waiting",
     }
+    assert all(0 <= line["waiting"] <= 1 for line in logged)
     measured = lines(config.output / "validation.jsonl")
     assert [(line["epoch"], line["step"]) for line in measured] == [(1, 4), (2, 8), (3, 12)]
     assert {"AD_100", "IC_100", "AD_50", "IC_50", "AD_15", "IC_15"} < set(measured[0])

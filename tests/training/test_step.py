@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,19 +19,28 @@ from ttame_jax.training.step import initial_state, make_train_step
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
 
 
-def setup(devices=1, dtype="float32", masking=None, recipe="paper", peak=0.05):
+def setup(devices=1, dtype="float32", masking=None, recipe="paper", peak=0.05, synchronise=False):
     backbone = load_backbone("vit", dtype=jnp.dtype(dtype), **TINY)
     attention = AttentionMechanism([32] * 3, 5, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(1))
     optimizer = one_cycle_sgd(OneCycle(peak, 30))
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
     masking = masking or backbone.masking
-    step = make_train_step(backbone, attention, optimizer, mesh, masking, LossConfig(recipe))
+    step = make_train_step(
+        backbone,
+        attention,
+        optimizer,
+        mesh,
+        masking,
+        LossConfig(recipe),
+        synchronise=synchronise,
+    )
     state = replicate(initial_state(attention, optimizer), mesh)
     backbone_state = replicate(nnx.state(backbone), mesh)
 
     def run(state, images):
         return step(state, backbone_state, shard_batch(images, mesh))
 
+    run.compiled = lambda: step.lower(state, backbone_state, IMAGES).compile().as_text()
     return backbone, attention, state, run
 
 
@@ -81,6 +92,46 @@ def test_each_device_takes_its_part_alone_and_results_are_averaged():
         leaves = [jax.tree.leaves(getattr(s, field)) for s in (both, halves[0][0], halves[1][0])]
         for together, first, second in zip(*leaves):
             np.testing.assert_allclose(together, (first + second) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "reference"])
+def test_synchronised_the_number_of_devices_changes_nothing(recipe):
+    """Not even with one image a device, whose own Psi would be a single map."""
+    results = []
+    for devices, synchronise in ((1, False), (4, True), (8, True)):
+        _, _, state, run = setup(devices, recipe=recipe, synchronise=synchronise)
+        for _ in range(10):
+            state, metrics = run(state, IMAGES)
+        results.append(jax.tree.leaves((state, metrics)))
+    for one, four, eight in zip(*results, strict=True):
+        np.testing.assert_allclose(four, one, atol=1e-5)
+        np.testing.assert_allclose(eight, one, atol=1e-5)
+
+
+def all_reduced(text):
+    """The shapes that each all-reduce of a compiled program takes across devices."""
+    found = [line for line in text.splitlines() if re.search(r" all-reduce(-start)?\(", line)]
+    assert "reduce-scatter(" not in text
+    return [re.findall(r"f32\[([\d,]*)\]", line.partition(" all-reduce")[0]) for line in found]
+
+
+def test_gradients_cross_devices_once_a_step():
+    """In one all-reduce with the statistics and the four terms of the loss; nothing else does."""
+    _, _, state, run = setup(devices=8)
+    crossing = jax.tree.leaves((state.params, state.batch_stats)) + 4 * [jnp.zeros(())]
+    (shapes,) = all_reduced(run.compiled())
+    assert sorted(shapes) == sorted(",".join(map(str, x.shape)) for x in crossing)
+
+
+def test_synchronised_only_small_statistics_cross_besides():
+    _, _, state, run = setup(devices=8, synchronise=True)
+    shapes = [shape for shapes in all_reduced(run.compiled()) for shape in shapes]
+    kernels = [x.shape for x in jax.tree.leaves(state.params) if x.ndim == 2]
+    assert sorted(x for x in shapes if x.count(",") == 1) == sorted(f"{a},{b}" for a, b in kernels)
+    others = sum(int(np.prod([int(n) for n in x.split(",") if n])) for x in shapes) - sum(
+        a * b for a, b in kernels
+    )
+    assert others < 40 * 32  # a few values a channel of the three BatchNorms
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -55,13 +55,13 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
-    """Returns endless shuffled batches of random crops of this process's shard.
+    """Returns endless shuffled batches of random crops: this process's part of each global batch.
 
-    The shard is every `process_count`-th image. Each epoch has an order of its own, and each
-    image of each epoch a random crop of its own. Both follow from `seed` and `process_index`
-    alone: the number of workers changes nothing. Batches run across the ends of epochs, so all
-    are full and all `valid`: the next readable image of the source takes the place of an
-    unreadable one.
+    A global batch has `batch_size` images for every process, and each process reads only its own.
+    Each epoch has an order of its own, and each image of each epoch a random crop of its own. Both
+    follow from `seed` alone: neither the number of workers nor, with global batches of one size,
+    that of processes changes anything. Batches run across the ends of epochs, so all are full and
+    all `valid`: the next readable image of the source takes the place of an unreadable one.
 
     Args:
       source: the images.
@@ -74,17 +74,14 @@ def train_batches(
       process_index: as `jax.process_index()`.
       process_count: as `jax.process_count()`.
     """
-    shard = range(process_index, len(source), process_count)
-    if not shard:
-        raise ValueError(
-            f"{source}: {len(source)} images are too few for {process_count} processes"
-        )
     # Grain seeds an epoch with seed + epoch: unmixed, neighbouring seeds would share epochs.
-    seed = int(np.random.SeedSequence([seed, process_index]).generate_state(1)[0])
+    seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     load = functools.partial(_load_for_training, source, preprocessing, flip)
-    dataset = grain.MapDataset.source(shard).seed(seed).shuffle().repeat(None)
+    dataset = grain.MapDataset.source(range(len(source))).seed(seed).shuffle().repeat(None)
     dataset = dataset.random_map(load).batch(batch_size, drop_remainder=True)
-    return Batches(dataset, source, workers, images=len(shard))
+    # As parts of global batches, in turn; parts of other processes are never read.
+    dataset = dataset[process_index::process_count]
+    return Batches(dataset, source, workers, images=-(-len(source) // process_count))
 
 
 def evaluation_batches(
@@ -105,13 +102,13 @@ def evaluation_batches(
       batch_size: images per batch of this process.
       indices: the images to read, all by default.
       workers: as in `train_batches`.
-      process_index: this process reads every `process_count`-th image from here on. All
-        processes get equally many batches.
+      process_index: of the batches of all processes in a row, this process gets every
+        `process_count`-th from here on. All get equally many.
       process_count: as `jax.process_count()`.
     """
     indices = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
     padded = np.pad(indices, (0, -len(indices) % (batch_size * process_count)), constant_values=-1)
-    shard = padded[process_index::process_count]
+    shard = padded.reshape(-1, process_count, batch_size)[:, process_index].ravel()
     load = functools.partial(_load_for_evaluation, source, preprocessing)
     dataset = grain.MapDataset.source(shard).map(load).batch(batch_size)
     return Batches(dataset, source, workers, images=int((shard >= 0).sum()))

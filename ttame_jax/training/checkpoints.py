@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import grain
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import nnx
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from ttame_jax.attention import AttentionMechanism
+from ttame_jax.files import absolute
 from ttame_jax.training.step import TrainState
 
 CHECKPOINT_FOLDER = "checkpoints"
@@ -25,12 +26,13 @@ class Checkpoints:
     """The checkpoints of a run, saved in the background; a context manager.
 
     Each holds the attention mechanism, the optimizer's state and the place in the data, as
-    separate items, so that explaining reads only the first.
+    separate items, so that explaining reads only the first. All processes save and restore
+    together, and any number of them restores what another number has saved.
     """
 
     def __init__(self, run_dir: Path):
         self._manager = ocp.CheckpointManager(
-            (run_dir / CHECKPOINT_FOLDER).absolute(),
+            absolute(run_dir / CHECKPOINT_FOLDER),
             options=ocp.CheckpointManagerOptions(
                 best_fn=score,
                 cleanup_tmp_directories=True,
@@ -48,10 +50,17 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self._manager.close()  # waits for what is being written
+    def __exit__(self, error, *_):
+        # Waits for what is being written, which ends only if no other process has failed.
+        if error is None or jax.process_count() == 1:
+            self._manager.close()
 
-    def save(self, state: TrainState, batches, metrics: Mapping[str, float] | None = None) -> None:
+    def save(
+        self,
+        state: TrainState,
+        data: Mapping[str, int],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Saves the state and the place in the data, unless this step is saved already."""
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -59,15 +68,18 @@ class Checkpoints:
         items = ocp.args.Composite(
             attention=ocp.args.StandardSave(_attention_item(state.params, state.batch_stats)),
             optimizer=ocp.args.StandardSave({"step": state.step, "state": state.opt_state}),
-            data=grain.checkpoint.CheckpointSave(batches),
+            data=ocp.args.JsonSave(dict(data)),
         )
         self._manager.save(step, args=items, metrics=metrics)
 
-    def restore(self, state: TrainState, batches) -> TrainState:
-        """The last checkpoint's state, its place set in `batches`; the given one if none is."""
+    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, int] | None]:
+        """The last checkpoint's state, on the given one's devices, and its place in the data.
+
+        Without a checkpoint it is the given one, and None.
+        """
         step = self._manager.latest_step()
         if step is None:
-            return state
+            return state, None
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -75,15 +87,16 @@ class Checkpoints:
                     _attention_item(state.params, state.batch_stats)
                 ),
                 optimizer=ocp.args.StandardRestore({"step": state.step, "state": state.opt_state}),
-                data=grain.checkpoint.CheckpointRestore(batches),
+                data=ocp.args.JsonRestore(),
             ),
         )
-        return TrainState(
+        state = TrainState(
             restored.optimizer["step"],
             restored.attention["params"],
             restored.attention["batch_stats"],
             restored.optimizer["state"],
         )
+        return state, restored.data
 
 
 def _attention_item(params: nnx.State, batch_stats: nnx.State) -> dict[str, nnx.State]:
@@ -100,7 +113,7 @@ def save_attention(run_dir: Path, attention: AttentionMechanism, step: int) -> N
     """
     _, params, batch_stats = nnx.split(attention, nnx.Param, nnx.BatchStat)
     item = ocp.args.StandardSave(_attention_item(params, batch_stats))
-    with ocp.CheckpointManager((run_dir / CHECKPOINT_FOLDER).absolute()) as manager:
+    with ocp.CheckpointManager(absolute(run_dir / CHECKPOINT_FOLDER)) as manager:
         manager.save(step, args=ocp.args.Composite(attention=item))
 
 
@@ -113,7 +126,7 @@ def load_attention(run_dir: str | Path, attention: AttentionMechanism) -> int:
     Raises:
       FileNotFoundError: if the run has no checkpoint yet.
     """
-    folder = (Path(run_dir) / CHECKPOINT_FOLDER).absolute()
+    folder = absolute(epath.Path(run_dir) / CHECKPOINT_FOLDER)
     missing = FileNotFoundError(f"{run_dir} has no checkpoint yet: train it with ttame train")
     if not folder.is_dir():
         raise missing

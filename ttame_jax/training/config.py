@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from etils import epath
 
 from ttame_jax.attention import VariantName
 from ttame_jax.files import write_atomically
@@ -55,7 +56,10 @@ class TrainConfig:
     epochs: int = 8
     """Passes over the training images."""
     batch_size: int = 32
-    """Images a step, over all devices."""
+    """Images a step, over all devices of all processes."""
+    synchronise: bool = False
+    """Whether Psi and BatchNorm are those of the whole batch, so that the number of devices changes
+    nothing; otherwise each device takes its part of the batch by itself, as in the authors' code."""
     learning_rate: float = 1e-3
     """Peak of the one-cycle schedule."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -65,7 +69,7 @@ class TrainConfig:
     flip: bool = True
     """Whether to mirror half of the training images."""
     workers: int = 2
-    """Processes that read and decode images; 0 does it in this one."""
+    """Processes that read and decode images, on each machine; 0 does it in the training one."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 500
@@ -90,16 +94,16 @@ def load_config(run_dir: str | Path) -> TrainConfig:
     Raises:
       FileNotFoundError: if the folder holds none.
     """
-    path = Path(run_dir) / CONFIG_FILE
+    path = epath.Path(run_dir) / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(
             f"{run_dir} is no run: {CONFIG_FILE} is missing; make one with ttame train"
         )
     fields = json.loads(path.read_text())
-    fields["output"] = Path(run_dir)
+    fields["output"] = epath.Path(run_dir)
     fields["loss"] = LossConfig(**fields["loss"])
     if fields.get("validation_list") is not None:
-        fields["validation_list"] = Path(fields["validation_list"])
+        fields["validation_list"] = epath.Path(fields["validation_list"])
     return TrainConfig(**fields)
 
 

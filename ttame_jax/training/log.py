@@ -1,16 +1,22 @@
 """What a run says: a progress bar, metrics.jsonl, validation.jsonl and TensorBoard events."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from ttame_jax.files import write_atomically
+from ttame_jax.files import in_bucket, write_atomically
+from ttame_jax.training.feed import Feed
+
+# Events, and logs in a bucket, whose objects cannot be appended to, are written so often.
+_FLUSH_SECONDS = 30
 
 
 def say(line: str) -> None:
@@ -22,56 +28,90 @@ def say(line: str) -> None:
 class Log:
     """The logs of one run, from the step that it starts or resumes at; a context manager.
 
+    Process 0 alone writes them.
+
     Args:
       folder: of the run.
       first: steps done before.
       total: steps of the whole run.
+      feed: whose waiting is logged.
     """
 
-    def __init__(self, folder: Path, first: int, total: int):
-        self.metrics, self.validation = folder / "metrics.jsonl", folder / "validation.jsonl"
-        for path in (self.metrics, self.validation):
-            _drop_lines_after(path, first)
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
-        self.bar = tqdm(initial=first, total=total, unit="step", dynamic_ncols=True)
-        self._since, self._last = time.perf_counter(), first
+    def __init__(self, folder: Path, first: int, total: int, feed: Feed):
+        self._feed = feed
+        self._writes = jax.process_index() == 0
+        self.bar = tqdm(
+            initial=first, total=total, unit="step", dynamic_ncols=True, disable=not self._writes
+        )
+        if self._writes:
+            self.metrics, self.validation = (
+                JsonLines(folder / name, first) for name in ("metrics.jsonl", "validation.jsonl")
+            )
+            self.writer = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=first, flush_secs=_FLUSH_SECONDS
+            )
+        self._start_interval(first)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.bar.close()
-        self.writer.close()
+        if self._writes:
+            self.metrics.flush()
+            self.validation.flush()
+            self.writer.close()
 
     def advance(self) -> None:
         self.bar.update()
 
     def write(self, step: int, metrics: Mapping[str, jax.Array], batch_size: int) -> None:
         values = {name: float(value) for name, value in metrics.items()}  # waits for the step
-        now = time.perf_counter()
-        values["images_per_second"] = (step - self._last) * batch_size / (now - self._since)
-        self._since, self._last = now, step
+        seconds = time.perf_counter() - self._since
+        values["images_per_second"] = (step - self._last) * batch_size / seconds
+        values["waiting"] = (self._feed.waited - self._waited) / seconds
+        self._start_interval(step)
         self.bar.set_postfix(loss=f"{values['loss']:.3f}", rate=f"{values['learning_rate']:.1e}")
-        self._append(self.metrics, step, values)
+        self._append("metrics", step, values)
 
     def write_validation(self, step: int, epoch: int, values: dict[str, float]) -> None:
         table = ", ".join(f"{name} {value:.1f}" for name, value in values.items())
         say(f"epoch {epoch}: {table}")
-        self._append(self.validation, step, {"epoch": epoch, **values})
-        self._since, self._last = time.perf_counter(), step
+        self._append("validation", step, {"epoch": epoch, **values})
+        self._start_interval(step)
 
-    def _append(self, path: Path, step: int, values: dict[str, float]) -> None:
-        with path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self.writer.add_scalar(f"{path.stem}/{name}", value, step)
-        self.writer.flush()
+    def _start_interval(self, step: int) -> None:
+        self._since, self._last, self._waited = time.perf_counter(), step, self._feed.waited
+
+    def _append(self, name: str, step: int, values: dict[str, float]) -> None:
+        if not self._writes:
+            return
+        getattr(self, name).append({"step": step, **values})
+        for key, value in values.items():
+            self.writer.add_scalar(f"{name}/{key}", value, step)
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Forgets what was logged after the checkpoint that a run resumes from."""
-    if not path.exists():
-        return
-    lines = path.read_text().split("\n")[:-1]  # what follows the last line end was cut short
-    kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
-    write_atomically(path, "".join(kept))
+class JsonLines:
+    """A file with a JSON object a line, without those of steps after the one resumed from."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = epath.Path(path)
+        text = self.path.read_text() if self.path.exists() else ""
+        lines = text.split("\n")[:-1]  # what follows the last line end was cut short
+        self._lines = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+        self._appends = not in_bucket(path)
+        self._written = -math.inf
+        if text:
+            self.flush()
+
+    def append(self, record: Mapping) -> None:
+        self._lines.append(json.dumps(record) + "\n")
+        if self._appends:
+            with self.path.open("a") as file:
+                file.write(self._lines[-1])
+        elif time.monotonic() - self._written > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        write_atomically(self.path, "".join(self._lines))
+        self._written = time.monotonic()

@@ -4,16 +4,20 @@ import contextlib
 import dataclasses
 import signal
 import threading
+from collections.abc import Callable, Iterator
 
 import jax
+from etils import epath
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from ttame_jax.data import Batches, load_source, select, train_batches
-from ttame_jax.mesh import data_mesh, replicate, shard_batch
+from ttame_jax.mesh import check_batch_size, data_mesh, replicate
 from ttame_jax.methods import TTAME
 from ttame_jax.metrics.evaluation import Evaluator, summarise
 from ttame_jax.training.checkpoints import Checkpoints
 from ttame_jax.training.config import CONFIG_FILE, TrainConfig, load_config
+from ttame_jax.training.feed import Feed
 from ttame_jax.training.log import Log, say
 from ttame_jax.training.models import build_attention, build_backbone
 from ttame_jax.training.optimizer import OneCycle, one_cycle_sgd
@@ -51,8 +55,9 @@ class Run:
                 f"lower --batch-size to at most that"
             )
         self.total_steps = config.epochs * self.steps_per_epoch
-        self.cycle = OneCycle(config.learning_rate, self.total_steps)
-        self.optimizer = one_cycle_sgd(self.cycle)
+        cycle = OneCycle(config.learning_rate, self.total_steps)
+        self.learning_rate = jax.jit(cycle.learning_rate)
+        self.optimizer = one_cycle_sgd(cycle)
         self.masking = config.masking or self.backbone.masking
         self.backbone_state = replicate(nnx.state(self.backbone), self.mesh)
         self.validation = None
@@ -70,31 +75,44 @@ class Run:
         """Runs all steps that are left, or those until SIGTERM."""
         config = self.config
         step_fn = make_train_step(
-            self.backbone, self.attention, self.optimizer, self.mesh, self.masking, config.loss
+            self.backbone,
+            self.attention,
+            self.optimizer,
+            self.mesh,
+            self.masking,
+            config.loss,
+            synchronise=config.synchronise,
         )
         state = replicate(initial_state(self.attention, self.optimizer), self.mesh)
         with (
             contextlib.closing(self._batches()) as batches,
             Checkpoints(config.output) as checkpoints,
-            stop_on_sigterm() as stopping,
+            preemption() as preempted,
         ):
-            state = checkpoints.restore(state, batches)
-            first = int(state.step)
-            config.save()
+            state, place = checkpoints.restore(state)
+            if place is not None:
+                batches.set_state(place)
+            first, metrics = int(state.step), None
+            if jax.process_index() == 0:
+                config.save()
             self._announce(first)
-            with Log(config.output, first, self.total_steps) as log:
+            with (
+                Feed(batches, self.mesh) as feed,
+                Log(config.output, first, self.total_steps, feed) as log,
+            ):
                 for step in range(first + 1, self.total_steps + 1):
-                    images = shard_batch(next(batches)["image"], self.mesh)
+                    images = feed.take(running=metrics)
                     state, metrics = step_fn(state, self.backbone_state, images)
                     log.advance()
                     if step % config.log_every == 0 or step == self.total_steps:
-                        rate = self.cycle.learning_rate(step - 1)
+                        rate = self.learning_rate(step - 1)
                         log.write(step, {**metrics, "learning_rate": rate}, config.batch_size)
+                    stop = preempted(step)
                     if step % self.steps_per_epoch == 0:
-                        checkpoints.save(state, batches, self._measure(step, state, log))
-                    elif step % config.checkpoint_every == 0 or stopping.is_set():
-                        checkpoints.save(state, batches)
-                    if stopping.is_set():
+                        checkpoints.save(state, feed.state, self._measure(step, state, log))
+                    elif step % config.checkpoint_every == 0 or stop:
+                        checkpoints.save(state, feed.state)
+                    if stop:
                         return say(f"stopped after step {step}: the same command resumes there")
             say(f"done: ttame explain IMAGE --run {config.output} --output DIR")
 
@@ -138,11 +156,8 @@ class Run:
 
 
 def _check(config: TrainConfig) -> None:
-    if config.batch_size % jax.device_count():
-        raise ValueError(
-            f"--batch-size {config.batch_size} does not divide over {jax.device_count()} devices"
-        )
-    if not (config.output / CONFIG_FILE).is_file():
+    check_batch_size(config.batch_size)
+    if not (epath.Path(config.output) / CONFIG_FILE).is_file():
         return
     before = load_config(config.output)
     changed = [
@@ -158,11 +173,18 @@ def _check(config: TrainConfig) -> None:
 
 
 @contextlib.contextmanager
-def stop_on_sigterm():
-    """An event that SIGTERM (preemption) sets; the handler before is put back at the end."""
+def preemption() -> Iterator[Callable[[int], bool]]:
+    """Whether to stop after a step, to be asked after each: SIGTERM has come.
+
+    Of several processes any one may get it, and all stop after the same step: JAX's preemption
+    service, which listens for the signal then, has them agree.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     event = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: event.set())
     try:
-        yield event
+        yield lambda step: event.is_set()
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -43,12 +43,16 @@ def make_train_step(
     mesh: Mesh,
     masking: MaskingKind,
     loss_config: LossConfig,
+    *,
+    synchronise: bool = False,
 ) -> Callable:
     """Compiles a step of T-TAME's training (section III-D).
 
-    Each device takes its part of the batch by itself, as under ``jax.pmap``: its Psi are the maps
-    of its own images' model truths, its BatchNorms see its own features. Gradients and running
-    statistics are averaged over the devices.
+    By default each device takes its part of the batch by itself, as under ``jax.pmap``: its Psi
+    are the maps of its own images' model truths, its BatchNorms see its own features. With
+    `synchronise` both are those of the whole batch, and the number of devices changes nothing.
+    Either way losses, gradients and running statistics are averaged over the devices: each has as
+    many images, and both recipes are means over images, so the average is the loss of the batch.
 
     Returns:
       ``step(state, backbone_state, images) -> (state, metrics)``; ``images`` uint8
@@ -63,8 +67,14 @@ def make_train_step(
         mechanism = nnx.merge(attention_graph, params, batch_stats, copy=True)
         logits, features = classify(classify.preprocessing.standardise(images))
         classes = jnp.argmax(logits, axis=-1)  # the model truth [b]
-        maps = jax.nn.sigmoid(mechanism(features, classes, train=True))  # Psi [b, b, h, w]
-        masks = upsample(jnp.einsum("bbhw->bhw", maps), images.shape[1:3])
+        shown, first = classes, 0  # whose maps Psi holds, and where this device's own images start
+        if synchronise:
+            shown = jax.lax.all_gather(classes, AXIS, tiled=True)  # [B]
+            first = jax.lax.axis_index(AXIS) * len(classes)
+        maps = mechanism(features, shown, train=True, axis_name=AXIS if synchronise else None)
+        maps = jax.nn.sigmoid(maps)  # Psi [b, b, h, w], synchronised [b, B, h, w]
+        own = jax.lax.dynamic_slice_in_dim(maps, first, len(classes), axis=1)
+        masks = upsample(jnp.einsum("bbhw->bhw", own), images.shape[1:3])
         masked = mask_images(images, masks, classify.preprocessing, masking)
         masked_logits, _ = classify(masked)
         loss, terms = total_loss(maps, masked_logits, classes, loss_config)
