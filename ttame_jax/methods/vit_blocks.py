@@ -94,9 +94,10 @@ def patch_maps(backbone: ViT, rows: jax.Array) -> jax.Array:
 
 def require_class_token(backbone: Backbone, method: str) -> None:
     """Raises ValueError unless the backbone is a ViT that reads its classes off a class token."""
-    if not isinstance(backbone, ViT):
+    pool = backbone.variant.pool if isinstance(backbone, ViT) else None
+    if pool is None:
         raise ValueError(f"{method} explains ViTs only; {backbone.name} is none")
-    if backbone.variant.pool != "token":
+    if pool != "token":
         raise ValueError(
             f"{method} follows the class token, which {backbone.name} does not read: "
             "it averages its patches"
