@@ -24,7 +24,7 @@ from flax import nnx
 sys.path.insert(0, str(Path(__file__).parents[1]))  # also without installing the project
 
 from benchmarks.road import load_images
-from convert.modules import nodes
+from convert.modules import module_config, nodes
 from convert.torch_import import import_torchvision
 from convert.weights import to_torch
 from ttame_jax.backbones import Backbone, load_backbone
@@ -117,15 +117,14 @@ def our_maps(method: Method, images: np.ndarray, classes: np.ndarray) -> np.ndar
 
 def torch_model(backbone: Backbone):
     """torchvision's module with the backbone's weights."""
-    torchvision = import_torchvision()
+    import_torchvision()
     import torch
 
-    from convert.pretrained import TORCHVISION
+    from convert.standalone import create_backbone
 
-    model = torchvision.models.get_model(TORCHVISION[backbone.name])
+    model = create_backbone(module_config(backbone, "torchvision"))
     tensors = to_torch(backbone, "torchvision")
-    state = {key: torch.from_numpy(np.array(x)) for key, x in tensors.items()}
-    model.load_state_dict(state)
+    model.load_state_dict({key: torch.from_numpy(np.array(x)) for key, x in tensors.items()})
     return model.eval()
 
 

@@ -36,3 +36,18 @@ def pictures(tmp_path_factory) -> Path:
             name = folder / split / f"{i:03}.png"
             Image.fromarray((255 * picture).astype(np.uint8)).save(name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def run(pictures, tmp_path_factory) -> Path:
+    """A finished run of `ttame train` on the pictures, its backbone the smallest ViT."""
+    from tiny import TINY
+
+    from ttame_jax.cli import main
+
+    output = tmp_path_factory.mktemp("runs") / "run"
+    words = ["--backbone", "vit", "--weights", "None", "--dataset", f"folder:{pictures}"]
+    words += ["--output", str(output), "--epochs", "1", "--batch-size", "16", "--workers", "0"]
+    sizes = [str(word) for pair in TINY.items() for word in pair]
+    main(["train", *words, "--validation-images", "0", "--backbone-config", *sizes])
+    return output

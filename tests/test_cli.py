@@ -8,30 +8,6 @@ from PIL import Image
 
 from ttame_jax.cli import main
 
-TINY = [
-    "image_size",
-    "32",
-    "patch_size",
-    "8",
-    "width",
-    "32",
-    "depth",
-    "3",
-    "num_heads",
-    "2",
-    "num_classes",
-    "5",
-]
-
-
-@pytest.fixture(scope="module")
-def run(pictures, tmp_path_factory):
-    output = tmp_path_factory.mktemp("cli") / "run"
-    words = ["--backbone", "vit", "--weights", "None", "--dataset", f"folder:{pictures}"]
-    words += ["--output", str(output), "--epochs", "1", "--batch-size", "16", "--workers", "0"]
-    main(["train", *words, "--validation-images", "0", "--backbone-config", *TINY])
-    return output
-
 
 def test_help_names_every_command():
     result = subprocess.run(
@@ -41,7 +17,9 @@ def test_help_names_every_command():
         assert flag in result.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "explain", "evaluate", "curves", "prepare", "demo"])
+@pytest.mark.parametrize(
+    "command", ["train", "explain", "evaluate", "compare", "curves", "prepare", "demo"]
+)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -133,6 +111,19 @@ def test_evaluate_writes_the_figures_and_prints_a_table(run, tmp_path, capsys):
     assert f"100: {figures['AD']['100']:.1f} [" in said
 
 
+@pytest.mark.parametrize("words", [["ad,ic,deletion"], ["ad", "ic", "deletion"]])
+def test_evaluate_measures_another_method_of_the_runs_backbone(words, run, tmp_path):
+    output = tmp_path / "figures.json"
+    options = ["--limit", "8", "--batch-size", "8", "--method-config", "layer", "blocks.1.norm1"]
+    main(
+        ["evaluate", "--run", str(run), "--method", "gradcam", "--measures", *words]
+        + [*options, "--output", str(output)]
+    )
+    figures = json.loads(output.read_text())
+    assert figures["method"] == "gradcam"
+    assert {"AD", "IC", "deletion"} <= figures.keys()
+
+
 def test_an_interrupted_evaluation_resumes(run, tmp_path, monkeypatch):
     from ttame_jax.metrics.evaluation import Evaluator
 
@@ -192,6 +183,10 @@ def test_a_list_chooses_images_by_name(run, tmp_path, capsys):
         (["train", "--backbone", "vgg99", "--output", "out"], "vgg99"),
         (["train", "--backbone", "vit", "--output", "out", "--epochs", "0"], "epochs"),
         (["evaluate", "--run", "nowhere", "--output", "out.json"], "nowhere is no run"),
+        (["evaluate", "--run", "r", "--output", "o", "--limit", "0"], "--limit must be at least 1"),
+        (["evaluate", "--run", "r", "--output", "o", "--measures", "ad,roc"], "measure roc; there"),
+        (["compare", "--run", "nowhere", "--output", "out"], "nowhere is no run"),
+        (["compare", "--output", "out", "--run"], "no run given"),
     ],
 )
 def test_mistakes_end_with_one_line(words, message):

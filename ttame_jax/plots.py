@@ -1,7 +1,7 @@
 """Explanation maps as pictures."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -40,6 +40,27 @@ def explanation_figure(
         axes.imshow(picture)
         axes.set_title(title, fontsize=10)
         axes.axis("off")
+    return figure
+
+
+def explanation_grid(
+    images: np.ndarray, maps: Mapping[str, np.ndarray], titles: Sequence[str]
+) -> Figure:
+    """Images ``[N, H, W, 3]`` uint8 in columns, under them a row a method: its maps ``[N, h, w]``
+    over the images (the paper's Fig. 15)."""
+    rows = {"image": images}
+    for name, of_images in maps.items():
+        rows[name] = [overlay(image, one) for image, one in zip(images, of_images)]
+    size = (1.5 * len(images) + 0.4, 1.5 * len(rows) + 0.3)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(rows), len(images), squeeze=False)
+    for axes_row, (name, pictures) in zip(grid, rows.items()):
+        for axes, picture in zip(axes_row, pictures):
+            axes.imshow(picture)
+            axes.set(xticks=[], yticks=[])
+        axes_row[0].set_ylabel(name, fontsize=9)
+    for axes, title in zip(grid[0], titles):
+        axes.set_title(title, fontsize=9)
     return figure
 
 

@@ -1,7 +1,7 @@
 """Images for training and evaluation: sources, transforms and batches."""
 
 from ttame_jax.data.loader import Batches, evaluation_batches, train_batches
-from ttame_jax.data.sources import Source, load_source, prepare, select
+from ttame_jax.data.sources import Source, load_source, prepare, select, thin
 from ttame_jax.data.transforms import UnreadableImage, preprocess
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "prepare",
     "preprocess",
     "select",
+    "thin",
     "train_batches",
 ]

@@ -93,9 +93,14 @@ def select(source: Source, names: str | Path | None = None, limit: int | None = 
         print(f"{len(indices)} of the {len(wanted)} images of {names} are in {source}")
         if not len(indices):
             raise ValueError(f"no image of {names} is in {source}: choose another split")
-    if limit is not None and limit < len(indices):
-        indices = indices[np.linspace(0, len(indices) - 1, limit).astype(int)]
-    return indices
+    return thin(indices, limit)
+
+
+def thin(indices: np.ndarray, limit: int | None) -> np.ndarray:
+    """At most `limit` of the indices (None: all), evenly spread."""
+    if limit is None or limit >= len(indices):
+        return indices
+    return indices[np.linspace(0, len(indices) - 1, limit).astype(int)]
 
 
 class TfdsSource(Source):

@@ -1,33 +1,45 @@
-"""`ttame evaluate`: measures a run's maps and writes the figures as JSON."""
+"""`ttame evaluate`: measures a method's maps and writes the figures as JSON."""
 
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
+import jax
 import numpy as np
+import tyro
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from ttame_jax.data import load_source, select
-from ttame_jax.explainer import load_explainer
+from ttame_jax.data import Source, load_source, select
+from ttame_jax.explainer import Explainer, load_explainer
 from ttame_jax.files import write_atomically
-from ttame_jax.methods import TTAME
-from ttame_jax.metrics.evaluation import Evaluator, Measure, Rows, intervals, summarise
-from ttame_jax.training.config import load_config
+from ttame_jax.masking import MaskingKind
+from ttame_jax.methods import Method, load_method
+from ttame_jax.metrics.evaluation import MEASURES, Evaluator, Rows, intervals, summarise
+from ttame_jax.training.config import TrainConfig, load_config
 
 MaskingChoice = Literal["backbone", "pixel", "standardised"]
 
+Names = Annotated[
+    tuple[str, ...],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME,...",
+        instance_from_str=lambda words: tuple(",".join(words).split(",")),
+        is_instance=lambda names: isinstance(names, tuple),
+        str_from_instance=lambda names: [",".join(names)],
+    ),
+]
+"""Names on the command line, with commas or spaces between them."""
 
-@dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
-    """What to measure, and on which images."""
 
-    run: Path
-    """The run's folder, as ttame train wrote it."""
-    output: Path
-    """JSON file for the figures; what is measured so far is kept beside it until it is done."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """Which images to measure on, and how."""
+
     dataset: str | None = None
     """A TFDS data set, folder:DIR or digits; by default the run's."""
     data_dir: str | None = None
@@ -38,8 +50,9 @@ class EvaluateConfig:
     """At most so many images, evenly spread."""
     list: Path | None = None
     """Only the images that this file names, FILENAME LABEL a line as the authors' lists."""
-    measures: tuple[Measure, ...] = ("ad", "ic")
-    """Average drop, increase in confidence, ROAD (road_reference is the authors' variant)."""
+    measures: Names = ("ad", "ic")
+    """Any of ad,ic,road,road_reference,insertion,deletion,pointing: average drop, increase in
+    confidence, ROAD (road_reference is the authors' variant) and so on."""
     masking: MaskingChoice | None = None
     """How a map masks an image for AD and IC; by default as the run's configuration says, else the
     backbone's own way. The authors' code masks pixels for every backbone."""
@@ -50,84 +63,148 @@ class EvaluateConfig:
     weights: str | None = None
     """Of the backbone, where they are no longer where the run found them."""
 
+    def __post_init__(self):
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"--limit must be at least 1, not {self.limit}")
+        if unknown := [name for name in self.measures if name not in MEASURES]:
+            raise ValueError(
+                f"unknown measure {', '.join(unknown)}; there are {', '.join(MEASURES)}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(MeasureConfig):
+    """What to measure, and on which images."""
+
+    run: Path
+    """The run's folder, as ttame train wrote it."""
+    output: Path
+    """JSON file for the figures; what is measured so far is kept beside it until it is done."""
+    method: str | None = None
+    """The run's own by default, or another that explains its backbone: gradcam, gradcam++,
+    scorecam, ablationcam, rise, iia or transformer_lrp."""
+    method_config: dict[str, int | str] = dataclasses.field(default_factory=dict)
+    """Options of the method, as name and value: masks 1000, or layer blocks.10."""
+
 
 def evaluate(config: EvaluateConfig) -> dict:
-    """Measures a run's maps on images, prints a table and writes the figures.
+    """Measures a method's maps on images, prints a table and writes the figures.
 
     An interrupted evaluation resumes from the images it has measured.
 
     Returns:
-      What the JSON file holds.
+      What the JSON file holds (empty in all processes of a run but the first).
 
     Raises:
-      ValueError: if none of the images of the list is there.
+      ValueError: if none of the images of the list is there, or the method does not apply.
       FileNotFoundError: if the run, the images or the weights are missing.
     """
     explainer = load_explainer(config.run, config.weights)
-    trained = load_config(config.run)
-    source = load_source(
-        config.dataset or trained.dataset, config.split, config.data_dir or trained.data_dir
-    )
-    method = TTAME(explainer.backbone, explainer.attention)
-    own = method.backbone.masking
-    choice = config.masking or trained.evaluation_masking or own
-    masking = own if choice == "backbone" else choice
-    evaluator = Evaluator(
-        method,
-        source,
-        masking=masking,
-        measures=config.measures,
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )
-    partial = Partial(config.output, dataclasses.asdict(config))
-    rows, seconds = partial.measure(evaluator, select(source, config.list, config.limit))
-    figures = {
-        "images": len(rows["index"]),
-        "method": method.name,
-        "backbone": method.backbone.name,
-        "masking": masking,
-        **summarise(rows, config.measures),
-        "intervals": intervals(rows, config.measures),
-        "forward_passes": method.forward_passes,
-        "seconds_per_image": seconds / len(rows["index"]),
-    }
-    write_atomically(config.output, json.dumps(figures, indent=2) + "\n")
-    partial.remove()
-    print(table(figures))
+    name = config.method or explainer.attention.variant
+    method = load_method(name, explainer.backbone, explainer.attention, **config.method_config)
+    measuring = Measuring(config, explainer, load_config(config.run))
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "output"}
+    figures = measuring.measure(method, config.output, settings)
+    if figures:
+        print(table(figures))
     return figures
+
+
+class Measuring:
+    """The images and the way that all methods of a backbone are measured on.
+
+    Args:
+      config: as on the command line.
+      explainer: of the run; its backbone says how to mask by default.
+      trained: the run's configuration.
+    """
+
+    def __init__(self, config: MeasureConfig, explainer: Explainer, trained: TrainConfig):
+        self.config = config
+        self.source: Source = load_source(
+            config.dataset or trained.dataset, config.split, config.data_dir or trained.data_dir
+        )
+        self.indices = select(self.source, config.list, config.limit)
+        own = explainer.backbone.masking
+        choice = config.masking or trained.evaluation_masking or own
+        self.masking: MaskingKind = own if choice == "backbone" else choice
+
+    def measure(
+        self,
+        method: Method,
+        output: Path,
+        settings: Mapping[str, Any],
+        indices: Sequence[int] | None = None,
+    ) -> dict:
+        """Measures a method on these images (or some of them) and writes its figures.
+
+        What `settings` say must be the same for a file of measurements to be resumed.
+        """
+        config = self.config
+        evaluator = Evaluator(
+            method,
+            self.source,
+            masking=self.masking,
+            measures=config.measures,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
+        partial = Partial(output, settings)
+        rows, seconds = partial.measure(evaluator, self.indices if indices is None else indices)
+        if jax.process_index() > 0:
+            return {}
+        figures = {
+            "images": len(rows["index"]),
+            "method": method.name,
+            "backbone": method.backbone.name,
+            "masking": self.masking,
+            **summarise(rows, config.measures),
+            "intervals": intervals(rows, config.measures),
+            "forward_passes": method.forward_passes,
+            "seconds_per_image": seconds / len(rows["index"]),
+            "settings": json.loads(json.dumps(settings, default=str)),
+        }
+        write_atomically(output, json.dumps(figures, indent=2) + "\n")
+        partial.remove()
+        return figures
 
 
 class Partial:
     """Rows measured so far, beside the output: a line of settings, then one an image.
+
+    The first of several processes keeps them; it tells the others what is left.
 
     Args:
       output: the file of the figures.
       settings: a file left by a run of other settings is not used.
     """
 
-    def __init__(self, output: Path, settings: dict):
+    def __init__(self, output: Path, settings: Mapping[str, Any]):
         self.path = output.with_name(output.name + ".partial")
         self.header = json.dumps({"settings": settings}, default=str)
 
     def measure(self, evaluator: Evaluator, indices: Sequence[int]) -> tuple[Rows, float]:
         """Measures what is left of the images; all rows, and the seconds it took in all."""
-        records = self._read()
-        done = {record["index"] for record in records}
-        left = [index for index in indices if index not in done]
+        first = jax.process_index() == 0
+        records = self._read() if first else []
+        done = np.isin(indices, [record["index"] for record in records])
+        left = np.asarray(indices)[~multihost_utils.broadcast_one_to_all(done)]
+        bar = tqdm(
+            total=len(indices), initial=len(indices) - len(left), unit="image", disable=not first
+        )
         start = time.perf_counter()
-        with (
-            self.path.open("a") as file,
-            tqdm(total=len(indices), initial=len(indices) - len(left), unit="image") as bar,
-        ):
-            for rows in evaluator.batches(indices=left) if left else ():
+        with bar:
+            for rows in evaluator.batches(indices=left) if len(left) else ():
                 seconds, start = time.perf_counter() - start, time.perf_counter()
                 count = len(rows["index"])
-                for i in range(count):
-                    record = {name: values[i].tolist() for name, values in rows.items()}
-                    records.append({**record, "seconds": seconds / count})
-                    file.write(json.dumps(records[-1]) + "\n")
-                file.flush()
+                new = [
+                    {name: values[i].tolist() for name, values in rows.items()}
+                    | {"seconds": seconds / count}
+                    for i in range(count)
+                ]
+                records += new
+                if first:
+                    self._append(new)
                 bar.update(count)
         records.sort(key=lambda record: record["index"])
         rows = {name: np.array([record[name] for record in records]) for name in records[0]}
@@ -135,6 +212,10 @@ class Partial:
 
     def remove(self) -> None:
         self.path.unlink()
+
+    def _append(self, records: Sequence[dict]) -> None:
+        with self.path.open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
 
     def _read(self) -> list[dict]:
         """Whole lines of a file with these settings; starts a new file otherwise."""

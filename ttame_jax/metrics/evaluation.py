@@ -1,7 +1,7 @@
 """Measures an explanation method image by image, data-parallel, and sums the images up."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from ttame_jax.metrics.pointing import in_box, peak
 from ttame_jax.metrics.road import PROTOCOLS, road
 
 Measure = Literal["ad", "ic", "road", "road_reference", "insertion", "deletion", "pointing"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 ROAD_PROTOCOLS = {"road": "paper", "road_reference": "reference"}
 AREAS = {"insertion": insertion, "deletion": deletion}
 Rows = dict[str, np.ndarray]

@@ -1,0 +1,73 @@
+import json
+
+import pytest
+from PIL import Image
+
+from ttame_jax.cli import main
+from ttame_jax.metrics.evaluation import Evaluator
+
+METHODS = ["gradcam", "rise", "transformer_lrp", "ttame"]
+
+
+def compare(run, output, *words):
+    options = ["--limit", "12", "--batch-size", "8", "--method-config", "rise.masks", "16"]
+    main(["compare", "--run", str(run), *options, "--output", str(output), *words])
+
+
+@pytest.fixture(scope="module")
+def finished(run, tmp_path_factory):
+    output = tmp_path_factory.mktemp("compare")
+    compare(run, output, "--methods", ",".join(METHODS), "--limits", "rise", "8", "--pictures", "2")
+    return output
+
+
+def test_tables_curves_and_a_picture_are_written(finished):
+    written = {path.name for path in finished.iterdir()}
+    tables = {f"table_{kind}.{end}" for kind in ("ad_ic", "road") for end in ("md", "csv", "tex")}
+    curves = {"road.png", "road.svg", "road.csv"}
+    assert written == tables | curves | {"maps.png"} | {f"{name}.json" for name in METHODS}
+    head = (finished / "table_ad_ic.md").read_text().splitlines()[0]
+    assert head == "| measure | Grad-CAM | RISE (8 images) | Transformer LRP | T-TAME |"
+    with Image.open(finished / "maps.png") as picture:
+        assert picture.height > 2 * picture.width  # two images beside, five rows below
+
+
+def test_a_method_gives_the_figures_that_evaluate_gives(finished, run, tmp_path):
+    output = tmp_path / "gradcam.json"
+    options = ["--limit", "12", "--batch-size", "8", "--measures", "ad,ic,road"]
+    main(["evaluate", "--run", str(run), "--method", "gradcam", *options, "--output", str(output)])
+    alone, compared = (json.loads(path.read_text()) for path in (output, finished / "gradcam.json"))
+    for measure in ("images", "AD", "IC", "ROAD"):
+        assert alone[measure] == compared[measure]
+
+
+def test_what_is_measured_is_not_measured_again(finished, run, monkeypatch):
+    measured = []
+    batches = Evaluator.batches
+
+    def counted(self, state=None, indices=None):
+        measured.append((self.method.name, len(indices)))
+        return batches(self, state, indices)
+
+    monkeypatch.setattr(Evaluator, "batches", counted)
+    words = ["--methods", "gradcam,rise,ttame", "--pictures", "0", "--limits", "rise", "8"]
+    compare(run, finished, *words, "--seed", "0")
+    assert measured == []
+    compare(run, finished, "--methods", "rise", "--pictures", "0", "--limits", "rise", "10")
+    assert measured == [("rise", 10)]
+
+
+def test_a_method_that_fails_is_reported_and_the_rest_goes_on(run, tmp_path, capsys):
+    words = ["--methods", "gradcam,lcam,ttame", "--pictures", "0", "--measures", "ad,ic"]
+    config = ["--method-config", "gradcam.layer", "nowhere"]
+    compare(run, tmp_path, *words, *config)
+    said = capsys.readouterr().out
+    assert "left out: gradcam (vit has no layer 'nowhere'" in said
+    assert "left out: lcam (the method 'lcam' needs an attention mechanism" in said
+    assert json.loads((tmp_path / "ttame.json").read_text())["images"] == 12
+
+
+def test_an_unknown_method_is_refused_before_anything_is_measured(run, tmp_path):
+    with pytest.raises(SystemExit, match="unknown method lime; there are gradcam,"):
+        compare(run, tmp_path, "--methods", "gradcam,lime")
+    assert list(tmp_path.iterdir()) == []

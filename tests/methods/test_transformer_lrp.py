@@ -1,0 +1,213 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from counting import count_passes
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from tiny import TINY
+
+from ttame_jax.backbones import load_backbone
+from ttame_jax.backbones.vit import Variant, ViT
+from ttame_jax.mesh import AXIS, data_mesh
+from ttame_jax.methods import TransformerLRP, explain
+from ttame_jax.methods.transformer_lrp import add, linear, matmul, propagate
+from ttame_jax.methods.vit_blocks import run_block
+
+SIZES = {"patch_size": 8, "width": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
+REFINED = Variant(
+    **SIZES,
+    activation="quick_gelu",
+    qkv_bias=False,
+    registers=3,
+    embed_prefix=False,
+    pre_norm=True,
+    layer_scale=True,
+)
+
+
+def randomised(backbone, seed=0):
+    """Weights far from their start: biases and norms that are not 0 and 1, larger kernels."""
+    keys = iter(jax.random.split(jax.random.key(seed), 1000))
+    for _, value in nnx.to_flat_state(nnx.state(backbone, nnx.Param)):
+        value[...] = value[...] + 0.1 * jax.random.normal(next(keys), value.shape)
+    return backbone
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return randomised(load_backbone("vit", **TINY))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return jax.random.uniform(jax.random.key(1), (8, 32, 32, 3))
+
+
+CLASSES = jnp.tile(jnp.array([[0, 3, 4]]), (8, 1))
+
+
+@pytest.fixture(autouse=True)
+def _highest_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def test_a_linear_layer_gives_relevance_to_what_adds_to_an_output():
+    # 2 * 1 and -1 * -2 add 2 each to the first output; only 2 * 3 adds to the second.
+    x, kernel = jnp.array([2.0, -1.0]), jnp.array([[1.0, 3.0], [-2.0, 1.0]])
+    np.testing.assert_allclose(linear(x, kernel, jnp.array([1.0, 1.0])), [1.5, 0.5])
+
+
+def test_a_product_gives_half_of_the_relevance_to_each_factor():
+    u, v = jnp.array([[1.0, 2.0]]), jnp.array([[3.0], [1.0]])  # 3 + 2
+    of_u, of_v = matmul(u, v, jnp.array([[10.0]]))
+    np.testing.assert_allclose(of_u, [[3.0, 2.0]])
+    np.testing.assert_allclose(of_v, [[3.0], [2.0]])
+
+
+def test_a_sum_scales_its_shares_back_to_the_relevance():
+    # Shares are u: 1, 3 and v: 1, -2, which sum up to 4 and -1: 4/5 and 1/5 of R's sum, 3.
+    u, v = jnp.array([1.0, -3.0]), jnp.array([1.0, 2.0])
+    of_u, of_v = add(u, v, jnp.array([2.0, 1.0]))
+    np.testing.assert_allclose(of_u, [0.6, 1.8], rtol=1e-6)
+    np.testing.assert_allclose(of_v, [-0.6, 1.2], rtol=1e-6)
+
+
+def test_outputs_of_zero_give_no_relevance_and_no_nan():
+    zeros = jnp.zeros((2, 2))
+    for parts in (linear(zeros, zeros, zeros + 1), *matmul(zeros, zeros, zeros + 1)):
+        np.testing.assert_array_equal(parts, zeros)
+    np.testing.assert_array_equal(add(zeros, zeros, zeros + 1), jnp.zeros((2, 2, 2)))
+
+
+def test_each_rule_conserves_relevance():
+    relevance = normal(0, 6, 7)
+    layers = [
+        [linear(normal(1, 6, 9), normal(2, 9, 7), relevance)],
+        matmul(normal(1, 6, 9), normal(2, 9, 7), relevance),
+        add(normal(1, 6, 7), normal(2, 6, 7), relevance),
+    ]
+    for parts in layers:
+        total = sum(part.sum() for part in parts)
+        np.testing.assert_allclose(total, relevance.sum(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", [Variant(**SIZES), REFINED])
+def test_relevance_is_conserved_from_the_head_to_the_first_block(architecture, images):
+    backbone = randomised(
+        ViT("tiny", architecture=architecture, image_size=32, rngs=nnx.Rngs(0)), seed=1
+    )
+    (tokens, *_), traces = backbone.embed(images[:1]), []
+    for block in backbone.blocks:
+        tokens, trace = run_block(block, tokens)
+        traces.append(trace)
+    pooled = backbone.pooled(tokens[None])[0]
+    relevance = linear(pooled, backbone.head.kernel[...], jax.nn.one_hot(2, 5))
+    relevance = jnp.zeros(tokens.shape).at[0].set(relevance)
+    for block, trace in zip(reversed(backbone.blocks), reversed(traces)):
+        relevance, of_map = propagate(block, trace, relevance)
+        np.testing.assert_allclose(relevance.sum(), 1, rtol=1e-3)
+        assert of_map.shape == trace.weights.shape
+        assert np.abs(of_map).max() > 0
+
+
+@pytest.mark.parametrize("architecture", [Variant(**SIZES), REFINED])
+def test_opened_blocks_compute_what_the_backbone_computes(architecture, images):
+    backbone = randomised(ViT("tiny", architecture=architecture, image_size=32, rngs=nnx.Rngs(0)))
+    tokens = backbone.embed(images)
+    for block in backbone.blocks:
+        tokens, trace = jax.vmap(lambda x, block=block: run_block(block, x))(tokens)
+        np.testing.assert_allclose(trace.weights.sum(axis=-1), 1, rtol=1e-5)
+    logits = backbone.head(backbone.pooled(tokens))
+    np.testing.assert_allclose(logits, backbone(images)[0], atol=1e-4)
+
+
+def test_one_block_worked_out_by_hand(images):
+    """Queries and keys of zero look everywhere alike, and an MLP of zero adds nothing."""
+    backbone = randomised(load_backbone("vit", **{**TINY, "depth": 1, "num_heads": 1}))
+    (block,) = backbone.blocks
+    attn = block.attn
+    attn.qkv.kernel[:, :64], attn.qkv.bias[:64] = 0, 0
+    block.mlp.fc2.kernel[...], block.mlp.fc2.bias[...] = jnp.zeros((128, 32)), jnp.zeros(32)
+    (x, *_) = backbone.embed(backbone.preprocessing.standardise(images[:1]))
+    count = len(x)
+    value = attn.qkv(block.norm1(x))[:, 64:]
+    mixed = value.mean(axis=0)
+
+    def logit(mixed):
+        middle = (x[0] + attn.proj(mixed))[None, None]
+        return backbone.head(backbone.pooled(middle))[0, 3]
+
+    branch = attn.proj(mixed)
+    pooled = backbone.pooled((x[0] + branch)[None, None])[0]
+    relevance = linear(pooled, backbone.head.kernel[...], jax.nn.one_hot(3, 5))
+    _, relevance = add(x[0], branch, relevance)
+    relevance = linear(mixed, attn.proj.kernel[...], relevance)
+    of_map = (value / count * relevance / mixed).sum(axis=1) / 2  # of the class token's row
+    expected = jax.nn.relu(of_map * (value @ jax.grad(logit)(mixed)))[1:].reshape(4, 4)
+    expected = (expected - expected.min()) / (expected.max() - expected.min())
+    maps = explain(TransformerLRP(backbone), images[:1], jnp.array([[3]]))
+    np.testing.assert_allclose(maps[0, 0], expected, atol=1e-4)
+
+
+def test_maps_are_scaled_and_depend_on_the_class(backbone, images):
+    maps = explain(TransformerLRP(backbone), images, CLASSES)
+    assert maps.shape == (8, 3, 4, 4)
+    assert maps.dtype == jnp.float32
+    np.testing.assert_array_equal(maps.min(axis=(2, 3)), 0)
+    np.testing.assert_array_equal(maps.max(axis=(2, 3)), 1)
+    assert np.abs(maps[:, 0] - maps[:, 1]).max() > 0.1
+
+
+def test_neither_other_images_nor_other_classes_change_a_map(backbone, images):
+    method = TransformerLRP(backbone)
+    together = explain(method, images, CLASSES)
+    alone = explain(method, images[2:3], CLASSES[2:3, 1:2])
+    np.testing.assert_allclose(together[2, 1], alone[0, 0], atol=1e-4)
+
+
+def test_devices_share_the_images(backbone, images):
+    method = TransformerLRP(backbone)
+    graph, state = nnx.split(method)
+    step = jax.shard_map(
+        lambda state, *batch: nnx.merge(graph, state)(*batch),
+        mesh=data_mesh(),
+        in_specs=(P(), P(AXIS), P(AXIS)),
+        out_specs=P(AXIS),
+        check_vma=False,
+    )
+    maps = jax.jit(step)(state, images, CLASSES)
+    np.testing.assert_allclose(maps, explain(method, images, CLASSES), atol=1e-4)
+
+
+def test_registers_have_no_place_in_the_map(images):
+    backbone = randomised(ViT("tiny", architecture=REFINED, image_size=32, rngs=nnx.Rngs(0)))
+    maps = explain(TransformerLRP(backbone), images, CLASSES)
+    assert maps.shape == (8, 3, 4, 4)
+    assert np.isfinite(maps).all()
+
+
+def test_a_backbone_in_bfloat16_is_explained(images):
+    backbone = load_backbone("vit", **TINY, dtype="bfloat16")
+    maps = explain(TransformerLRP(backbone), images, CLASSES)
+    assert maps.dtype == jnp.float32
+    assert np.isfinite(maps).all()
+
+
+def test_backbones_without_a_class_token_are_refused():
+    with pytest.raises(ValueError, match="^transformer_lrp explains ViTs only; resnet18 is none$"):
+        TransformerLRP(load_backbone("resnet18", image_size=32))
+    average = Variant(**SIZES, class_token=False, pool="average")
+    backbone = ViT("averaging", architecture=average, image_size=32, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="class token, which averaging does not read"):
+        TransformerLRP(backbone)
+
+
+def test_it_takes_one_forward_pass(backbone, images):
+    method = TransformerLRP(backbone)
+    assert count_passes(method, images, CLASSES) == method.forward_passes == 1
