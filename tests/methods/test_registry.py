@@ -34,6 +34,8 @@ def test_options_reach_the_method(cnn):
     [
         ("lime", None, {}, "unknown method 'lime'; there are gradcam,"),
         ("gradcam", None, {"masks": 3}, "gradcam has no option masks; it has layer"),
+        ("gradcam++", None, {"recipe": "mine"}, "recipes of gradcam.. are 'paper' and 'reference'"),
+        ("rise", None, {"masks": 0}, "rise needs 1 mask or more, not 0"),
         ("ttame", None, {}, "'ttame' needs .* this is no run: .* --variant ttame"),
         ("lcam", "ttame", {}, "'lcam' needs .* a run of variant 'ttame': .* --variant lcam"),
         ("transformer_lrp", None, {}, "ViT"),

@@ -1,5 +1,7 @@
 """The one interface of every explanation method."""
 
+from typing import Literal, get_args
+
 import jax
 from flax import nnx
 
@@ -7,6 +9,9 @@ from ttame_jax.backbones import Backbone
 
 FORWARD_BATCH = 32
 """Perturbed images that a device classifies at a time; memory grows with it and nothing else."""
+
+Recipe = Literal["paper", "reference"]
+"""As the method's paper says, or as the public code that comparisons use computes it."""
 
 
 class Method(nnx.Module):
@@ -51,3 +56,10 @@ def chunk_size(perturbations: int, images: int) -> int:
     """How many perturbations of each image to classify at a time, so that none are left over."""
     most = max(FORWARD_BATCH // images, 1)
     return next(n for n in range(min(most, perturbations), 0, -1) if perturbations % n == 0)
+
+
+def checked_recipe(name: str, recipe: Recipe) -> Recipe:
+    """The recipe, if it is one; raises ValueError otherwise."""
+    if recipe not in get_args(Recipe):
+        raise ValueError(f"recipes of {name} are 'paper' and 'reference', not {recipe!r}")
+    return recipe

@@ -1,11 +1,10 @@
 """Grad-CAM (Selvaraju et al., ICCV 2017) and Grad-CAM++ (Chattopadhyay et al., WACV 2018)."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
 from ttame_jax.backbones import Backbone
+from ttame_jax.methods.base import Recipe, checked_recipe
 from ttame_jax.methods.cam import CAM
 
 
@@ -48,10 +47,10 @@ class GradCAMPlusPlus(GradCAM):
         self,
         backbone: Backbone,
         layer: str | None = None,
-        recipe: Literal["paper", "reference"] = "paper",
+        recipe: Recipe = "paper",
     ):
         super().__init__(backbone, layer)
-        self.epsilon = {"paper": 0.0, "reference": 1e-6}[recipe]
+        self.epsilon = {"paper": 0.0, "reference": 1e-6}[checked_recipe(self.name, recipe)]
 
     def weights(self, activations: jax.Array, gradients: jax.Array) -> jax.Array:
         total = activations.sum((1, 2), keepdims=True)

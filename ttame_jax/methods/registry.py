@@ -7,6 +7,7 @@ from ttame_jax.backbones import Backbone
 from ttame_jax.methods.ablationcam import AblationCAM
 from ttame_jax.methods.base import Method
 from ttame_jax.methods.gradcam import GradCAM, GradCAMPlusPlus
+from ttame_jax.methods.iia import IIA
 from ttame_jax.methods.rise import RISE
 from ttame_jax.methods.scorecam import ScoreCAM
 from ttame_jax.methods.transformer_lrp import TransformerLRP
@@ -14,7 +15,7 @@ from ttame_jax.methods.ttame import TTAME
 
 _METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (GradCAM, GradCAMPlusPlus, ScoreCAM, AblationCAM, RISE, TransformerLRP)
+    for method in (GradCAM, GradCAMPlusPlus, ScoreCAM, AblationCAM, RISE, TransformerLRP, IIA)
 }
 TRAINED = ("lcam", "ttame")
 """Methods that are an attention mechanism trained for the backbone."""

@@ -1,7 +1,5 @@
 """RISE (Petsiuk et al., BMVC 2018): random masks, weighed by the confidence they leave."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
@@ -9,7 +7,7 @@ from ttame_jax.backbones import Backbone
 from ttame_jax.backbones.resnet import ResNet
 from ttame_jax.backbones.vit import ViT
 from ttame_jax.masking import min_max_scale
-from ttame_jax.methods.base import Method, chunk_size
+from ttame_jax.methods.base import Method, Recipe, checked_recipe, chunk_size
 from ttame_jax.methods.interpolation import interpolate, mirrored
 
 GRIDS = {"paper": (7, 0.5), "reference": (8, 0.1)}
@@ -28,6 +26,9 @@ class RISE(Method):
       masks: how many; None is the paper's 8000, or 4000 for a CNN without residual connections.
       recipe: of the masks, a key of `GRIDS`.
       seed: of the masks.
+
+    Raises:
+      ValueError: for fewer masks than one, or an unknown recipe.
     """
 
     name = "rise"
@@ -36,12 +37,14 @@ class RISE(Method):
         self,
         backbone: Backbone,
         masks: int | None = None,
-        recipe: Literal["paper", "reference"] = "paper",
+        recipe: Recipe = "paper",
         seed: int = 0,
     ):
         super().__init__(backbone)
+        if masks is not None and masks < 1:
+            raise ValueError(f"{self.name} needs 1 mask or more, not {masks}")
         self.masks = masks or (8000 if isinstance(backbone, ResNet | ViT) else 4000)
-        self.cells, self.probability = GRIDS[recipe]
+        self.cells, self.probability = GRIDS[checked_recipe(self.name, recipe)]
         self.seed = seed
 
     @property

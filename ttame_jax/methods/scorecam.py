@@ -1,13 +1,11 @@
 """Score-CAM (Wang et al., CVPR Workshops 2020): channels as masks of the image."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
 from ttame_jax.backbones import Backbone
 from ttame_jax.masking import min_max_scale, upsample
-from ttame_jax.methods.base import chunk_size
+from ttame_jax.methods.base import Recipe, checked_recipe, chunk_size
 from ttame_jax.methods.cam import CAM
 from ttame_jax.methods.interpolation import aligned, interpolate
 
@@ -29,10 +27,10 @@ class ScoreCAM(CAM):
         self,
         backbone: Backbone,
         layer: str | None = None,
-        recipe: Literal["paper", "reference"] = "paper",
+        recipe: Recipe = "paper",
     ):
         super().__init__(backbone, layer)
-        self.recipe = recipe
+        self.recipe = checked_recipe(self.name, recipe)
 
     @property
     def forward_passes(self) -> int:
