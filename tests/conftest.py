@@ -1,10 +1,16 @@
 import os
+import tempfile
 from pathlib import Path
 
 # Before JAX starts: eight simulated devices, so that every compiled step is really parallel.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+
+# Compiled programs are kept for these tests and the processes that they start, and not longer.
+COMPILED = tempfile.TemporaryDirectory(prefix="ttame-compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import numpy as np
 import pytest

@@ -121,9 +121,7 @@ class FeatureBranch(nnx.Module):
         self.conv = conv1x1(channels, width, dtype, rngs)
         self.norm = BatchNorm(width) if settings.batch_norm else None
 
-    def __call__(
-        self, features: jax.Array, train: bool, axis_name: str | None = None
-    ) -> jax.Array:
+    def __call__(self, features: jax.Array, train: bool, axis_name: str | None = None) -> jax.Array:
         x = self.conv(features)
         if self.norm is not None:
             x = self.norm(x, train, axis_name)
@@ -198,20 +196,19 @@ class AttentionMechanism(nnx.Module):
         if self.branches:
             maps = [branch(m, train, axis_name) for branch, m in zip(self.branches, maps)]
 
-        kernel, bias = self.fusion.kernel[...].T, self.fusion.bias[...]  # [Cls, sum C], [Cls]
+        kernel, bias = self.fusion.kernel[...], self.fusion.bias[...]  # [sum C, Cls], [Cls]
         if classes is not None:
-            kernel, bias = kernel[classes], bias[classes]
-        kernel_axes = "bkc" if kernel.ndim == 3 else "kc"
+            kernel, bias = kernel[:, classes], bias[classes]
+        kernel_axes = "cbk" if kernel.ndim == 3 else "ck"
         total, start = bias[..., None, None], 0
         for m, width in zip(maps, self.widths):
-            rows = kernel[..., start : start + width].astype(self.dtype)
             fused = jnp.einsum(
-                f"bhwc,{kernel_axes}->bkhw",
+                f"bhwc,{kernel_axes}->bhwk",
                 m.astype(self.dtype),
-                rows,
+                kernel[start : start + width].astype(self.dtype),
                 preferred_element_type=jnp.float32,
             )
-            total = total + upsample(fused, size)
+            total = total + upsample(jnp.moveaxis(fused, -1, 1), size)
             start += width
         return total
 

@@ -71,17 +71,16 @@ def _initialize(processes: Processes) -> bool:
         return False
     try:
         jax.distributed.initialize(*given, heartbeat_timeout_seconds=processes.heartbeat_timeout)
-    except ValueError as error:  # what JAX raises for parts that are neither given nor detected
+    except jax.errors.JaxRuntimeError as error:
+        raise ConnectionError(f"cannot join the run's other processes: {error}") from error
+    except (ValueError, RuntimeError) as error:
         if given == (None, None, None):
+            # No cluster is detected, or JAX has started already: in a program that calls `main`.
             return False
         raise ValueError(
             "processes that no cluster describes need --coordinator-address HOST:PORT, "
             f"--num-processes and --process-id ({error})"
         ) from error
-    except RuntimeError:  # JAX has started already, in a program that calls a command
-        if given == (None, None, None):
-            return False
-        raise
     print(
         f"process {jax.process_index()} of {jax.process_count()}: if one fails the others end "
         f"within {processes.heartbeat_timeout} s; the same commands resume a run",

@@ -51,13 +51,9 @@ class Launcher:
         self.processes: list[subprocess.Popen] = []
 
     def start(self, command: list[str], devices: int) -> subprocess.Popen:
-        # Programs are compiled quickly rather than well, and once for all tests.
+        # Compiled quickly rather than well.
         flags = f"--xla_force_host_platform_device_count={devices}"
-        environment = os.environ | {
-            "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0",
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        }
+        environment = os.environ | {"XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0"}
         log = self.folder / f"{len(self.processes)}.log"
         with log.open("wb") as file:
             process = subprocess.Popen(

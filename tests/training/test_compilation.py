@@ -1,0 +1,73 @@
+"""Programs are compiled once a run, and found again by the next."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import pytest
+from launch import ROOT, train_command
+from tiny import TINY
+
+from ttame_jax.startup import use_compilation_cache
+from ttame_jax.training.config import TrainConfig
+from ttame_jax.training.loop import train
+
+
+@pytest.fixture
+def compiled():
+    """The names of the programs compiled, and what `when()` gave for each."""
+    compiled = SimpleNamespace(names=[], times=[], when=None)
+
+    def listen(event, duration, fun_name="", **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.names.append(fun_name)
+            compiled.times.append(compiled.when())
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield compiled
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_nothing_is_compiled_a_second_time(pictures, tmp_path, compiled):
+    """12 steps, six checkpoints, and three validations of 20 images in batches of 16."""
+    config = TrainConfig(
+        backbone="vit",
+        backbone_config=TINY,
+        weights=None,
+        dataset=f"folder:{pictures}",
+        output=tmp_path,
+        epochs=3,
+        batch_size=16,
+        validation_images=20,
+        log_every=1,
+        checkpoint_every=2,
+        workers=0,
+    )
+    log = tmp_path / "metrics.jsonl"
+    compiled.when = lambda: len(log.read_text().splitlines()) if log.exists() else 0
+    train(config)
+    assert len((tmp_path / "validation.jsonl").read_text().splitlines()) == 3
+    assert [name for name in compiled.names if "step" in name] == ["jit(local_step)", "jit(step)"]
+    # Before the first line; in the first checkpoint, which Orbax cuts up; in the first validation.
+    assert set(compiled.times) <= {0, 2, 4}
+
+
+def test_programs_are_kept_in_the_users_cache_folder(pictures, tmp_path):
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    command = train_command(f"folder:{pictures}", tmp_path / "run", epochs=1, batch_size=32)
+    subprocess.run(
+        [sys.executable, *command], env=environment, cwd=ROOT, check=True, stderr=subprocess.DEVNULL
+    )
+    kept = [path.name for path in (tmp_path / "cache" / "ttame_jax").iterdir()]
+    assert any(name.startswith("jit_local_step") for name in kept)
+
+
+def test_jaxs_own_choice_of_a_cache_comes_first(tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    assert before is not None  # from the environment
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == before
