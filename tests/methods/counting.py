@@ -1,4 +1,4 @@
-"""Counts the images that a method really sends through its backbone's head."""
+"""Counts the images that a method really sends through its backbone."""
 
 import jax
 
@@ -7,8 +7,9 @@ from ttame_jax.methods import Method, explain
 
 
 def count_passes(method: Method, images: jax.Array, classes: jax.Array) -> float:
-    """Forward passes an image, of one compiled call."""
-    backbone, counts = method.backbone, []
+    """Forward passes an image, of one compiled call: images that enter the backbone or, if more
+    (some begin at an inner layer), that leave it."""
+    backbone, counts = method.backbone, {"first": 0, "last": 0}
     family = type(backbone)
     backbone.__class__ = _counted(family, counts)
     try:
@@ -16,22 +17,28 @@ def count_passes(method: Method, images: jax.Array, classes: jax.Array) -> float
         jax.effects_barrier()
     finally:
         backbone.__class__ = family
-    return sum(counts) / len(images)
+    return max(counts.values()) / len(images)
 
 
-def _counted(family: type[Backbone], counts: list[int]) -> type[Backbone]:
-    """The family, with a head that notes how many images each of its calls classifies."""
+def _counted(family: type[Backbone], counts: dict[str, int]) -> type[Backbone]:
+    """The family, with a first and a last layer that count the images they see."""
+
+    def counting(end, layer):
+        def count(images):
+            counts[end] += images
+
+        def counted(*state):
+            new = layer(*state)
+            images = len(new[0])
+            # Called once for each example of a vmap (it sees one) and each turn of a loop.
+            jax.debug.callback(lambda _: count(images), new[0].sum())
+            return new
+
+        return counted
 
     class Counted(family):
         def named_layers(self):
-            *layers, (name, head) = super().named_layers()
-
-            def counting(*state):
-                (logits,) = head(*state)
-                # Called once for each example of a vmap and each turn of a loop.
-                jax.debug.callback(lambda images=len(logits): counts.append(images))
-                return (logits,)
-
-            return [*layers, (name, counting)]
+            (first, begin), *layers, (last, end) = super().named_layers()
+            return [(first, counting("first", begin)), *layers, (last, counting("last", end))]
 
     return Counted

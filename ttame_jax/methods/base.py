@@ -41,7 +41,7 @@ class Method(nnx.Module):
     def forward_passes(self) -> int:
         """Of the backbone, for one explanation (FP in the paper's tables).
 
-        A pass that begins at an inner layer counts as one, too.
+        A pass that begins or ends at an inner layer counts as one, too.
         """
         raise NotImplementedError
 

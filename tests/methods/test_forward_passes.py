@@ -1,0 +1,34 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from counting import count_passes
+from flax import nnx
+
+from ttame_jax.attention import AttentionMechanism
+from ttame_jax.backbones import load_backbone
+from ttame_jax.methods import load_method
+
+IMAGES = jax.random.uniform(jax.random.key(0), (2, 64, 64, 3))
+CLASSES = jnp.array([[1, 2], [3, 4]])
+
+
+@pytest.mark.parametrize("backbone", ["digits_cnn", "digits_vit"])
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("gradcam", {}),
+        ("gradcam++", {}),
+        ("scorecam", {}),
+        ("ablationcam", {}),
+        ("rise", {"masks": 21}),
+        ("ttame", {}),
+        ("lcam", {}),
+    ],
+)
+def test_a_method_makes_as_many_forward_passes_as_it_says(name, config, backbone):
+    backbone = load_backbone(backbone)
+    channels = [c for _, _, c in backbone.feature_shapes()]
+    variant = "lcam" if name == "lcam" else "ttame"
+    attention = AttentionMechanism(channels, 10, variant=variant, rngs=nnx.Rngs(0))
+    method = load_method(name, backbone, attention, **config)
+    assert count_passes(method, IMAGES, CLASSES) == method.forward_passes
