@@ -9,6 +9,7 @@ from tiny import TINY
 
 from ttame_jax.backbones import load_backbone
 from ttame_jax.backbones.vit import Variant, ViT
+from ttame_jax.masking import min_max_scale
 from ttame_jax.mesh import AXIS, data_mesh
 from ttame_jax.methods import TransformerLRP, explain
 from ttame_jax.methods.transformer_lrp import add, linear, matmul, propagate
@@ -30,13 +31,21 @@ def randomised(backbone, seed=0):
     """Weights far from their start: biases and norms that are not 0 and 1, larger kernels."""
     keys = iter(jax.random.split(jax.random.key(seed), 1000))
     for _, value in nnx.to_flat_state(nnx.state(backbone, nnx.Param)):
-        value[...] = value[...] + 0.1 * jax.random.normal(next(keys), value.shape)
+        value[...] += 0.1 * jax.random.normal(next(keys), value.shape, value.dtype)
     return backbone
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _float64():
+    """Sums close to 0 hand on many times their relevance, with both signs: they amplify rounding
+    by as much, and two ways to add up the same numbers would not agree in float32."""
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        yield
 
 
 @pytest.fixture(scope="module")
 def backbone():
-    return randomised(load_backbone("vit", **TINY))
+    return randomised(load_backbone("vit", **TINY, dtype="float64"))
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +53,14 @@ def images():
     return jax.random.uniform(jax.random.key(1), (8, 32, 32, 3))
 
 
-CLASSES = jnp.tile(jnp.array([[0, 3, 4]]), (8, 1))
+def build(architecture):
+    backbone = ViT(
+        "tiny", architecture=architecture, image_size=32, dtype="float64", rngs=nnx.Rngs(0)
+    )
+    return randomised(backbone)
 
 
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
+CLASSES = np.tile([[0, 3, 4]], (8, 1))
 
 
 def normal(seed, *shape):
@@ -94,65 +104,82 @@ def test_each_rule_conserves_relevance():
     ]
     for parts in layers:
         total = sum(part.sum() for part in parts)
-        np.testing.assert_allclose(total, relevance.sum(), rtol=1e-3)
+        np.testing.assert_allclose(total, relevance.sum(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("architecture", [Variant(**SIZES), REFINED])
 def test_relevance_is_conserved_from_the_head_to_the_first_block(architecture, images):
-    backbone = randomised(
-        ViT("tiny", architecture=architecture, image_size=32, rngs=nnx.Rngs(0)), seed=1
-    )
-    (tokens, *_), traces = backbone.embed(images[:1]), []
-    for block in backbone.blocks:
-        tokens, trace = run_block(block, tokens)
-        traces.append(trace)
-    pooled = backbone.pooled(tokens[None])[0]
-    relevance = linear(pooled, backbone.head.kernel[...], jax.nn.one_hot(2, 5))
-    relevance = jnp.zeros(tokens.shape).at[0].set(relevance)
-    for block, trace in zip(reversed(backbone.blocks), reversed(traces)):
-        relevance, of_map = propagate(block, trace, relevance)
-        np.testing.assert_allclose(relevance.sum(), 1, rtol=1e-3)
-        assert of_map.shape == trace.weights.shape
-        assert np.abs(of_map).max() > 0
+    backbone = build(architecture)
+
+    @jax.jit
+    def totals():
+        (tokens, *_), traces = backbone.embed(images[:1]), []
+        for block in backbone.blocks:
+            tokens, trace = run_block(block, tokens)
+            traces.append(trace)
+        of_pooled = linear(
+            backbone.pooled(tokens[None])[0], backbone.head.kernel[...], jax.nn.one_hot(2, 5)
+        )
+        relevance = jnp.zeros(tokens.shape).at[0].set(of_pooled)
+        sums = [(relevance.sum(), of_pooled.sum())]
+        for block, trace in zip(reversed(backbone.blocks), reversed(traces)):
+            relevance, of_map = propagate(block, trace, relevance)
+            sums.append((relevance.sum(), of_map.sum()))
+        return jnp.array(sums)
+
+    of_tokens, of_maps = totals().T
+    np.testing.assert_allclose(of_tokens, 1, rtol=1e-6)
+    assert np.abs(of_maps).min() > 1e-3
 
 
 @pytest.mark.parametrize("architecture", [Variant(**SIZES), REFINED])
 def test_opened_blocks_compute_what_the_backbone_computes(architecture, images):
-    backbone = randomised(ViT("tiny", architecture=architecture, image_size=32, rngs=nnx.Rngs(0)))
-    tokens = backbone.embed(images)
-    for block in backbone.blocks:
-        tokens, trace = jax.vmap(lambda x, block=block: run_block(block, x))(tokens)
-        np.testing.assert_allclose(trace.weights.sum(axis=-1), 1, rtol=1e-5)
-    logits = backbone.head(backbone.pooled(tokens))
-    np.testing.assert_allclose(logits, backbone(images)[0], atol=1e-4)
+    backbone = build(architecture)
+
+    @jax.jit
+    def both():
+        tokens, maps = backbone.embed(images), []
+        for block in backbone.blocks:
+            tokens, trace = jax.vmap(lambda x, block=block: run_block(block, x))(tokens)
+            maps.append(trace.weights)
+        return backbone.head(backbone.pooled(tokens)), backbone(images)[0], jnp.stack(maps)
+
+    opened, whole, maps = both()
+    np.testing.assert_allclose(opened, whole, atol=1e-5)
+    np.testing.assert_allclose(maps.sum(axis=-1), 1, rtol=1e-6)
 
 
 def test_one_block_worked_out_by_hand(images):
     """Queries and keys of zero look everywhere alike, and an MLP of zero adds nothing."""
-    backbone = randomised(load_backbone("vit", **{**TINY, "depth": 1, "num_heads": 1}))
+    options = {**TINY, "depth": 1, "num_heads": 1, "dtype": "float64"}
+    backbone = randomised(load_backbone("vit", **options))
     (block,) = backbone.blocks
-    attn = block.attn
+    attn, fc2 = block.attn, block.mlp.fc2
     attn.qkv.kernel[:, :64], attn.qkv.bias[:64] = 0, 0
-    block.mlp.fc2.kernel[...], block.mlp.fc2.bias[...] = jnp.zeros((128, 32)), jnp.zeros(32)
-    (x, *_) = backbone.embed(backbone.preprocessing.standardise(images[:1]))
-    count = len(x)
-    value = attn.qkv(block.norm1(x))[:, 64:]
-    mixed = value.mean(axis=0)
+    fc2.kernel[...] *= 0
+    fc2.bias[...] *= 0
 
-    def logit(mixed):
-        middle = (x[0] + attn.proj(mixed))[None, None]
-        return backbone.head(backbone.pooled(middle))[0, 3]
+    @jax.jit
+    def by_hand():
+        (x,) = backbone.embed(backbone.preprocessing.standardise(images[:1]))
+        value = attn.qkv(block.norm1(x))[:, 64:]
+        mixed = value.mean(axis=0)
+        branch = attn.proj(mixed)
 
-    branch = attn.proj(mixed)
-    pooled = backbone.pooled((x[0] + branch)[None, None])[0]
-    relevance = linear(pooled, backbone.head.kernel[...], jax.nn.one_hot(3, 5))
-    _, relevance = add(x[0], branch, relevance)
-    relevance = linear(mixed, attn.proj.kernel[...], relevance)
-    of_map = (value / count * relevance / mixed).sum(axis=1) / 2  # of the class token's row
-    expected = jax.nn.relu(of_map * (value @ jax.grad(logit)(mixed)))[1:].reshape(4, 4)
-    expected = (expected - expected.min()) / (expected.max() - expected.min())
-    maps = explain(TransformerLRP(backbone), images[:1], jnp.array([[3]]))
-    np.testing.assert_allclose(maps[0, 0], expected, atol=1e-4)
+        def pooled(branch):
+            return backbone.pooled((x[0] + branch)[None, None])
+
+        slope = jax.grad(lambda mixed: backbone.head(pooled(attn.proj(mixed)))[0, 3])(mixed)
+        target = jax.nn.one_hot(3, 5)
+        relevance = linear(pooled(branch)[0], backbone.head.kernel[...], target)
+        _, relevance = add(x[0], branch, relevance)
+        relevance = linear(mixed, attn.proj.kernel[...], relevance)
+        # Of the class token's row of the map: all its entries are one over the number of tokens.
+        of_row = (value / len(x) * relevance / mixed).sum(axis=1) / 2
+        return jax.nn.relu(of_row * (value @ slope))[1:].reshape(4, 4)
+
+    maps = explain(TransformerLRP(backbone), images[:1], np.array([[3]]))
+    np.testing.assert_allclose(maps[0, 0], min_max_scale(by_hand()), atol=1e-5)
 
 
 def test_maps_are_scaled_and_depend_on_the_class(backbone, images):
@@ -160,7 +187,7 @@ def test_maps_are_scaled_and_depend_on_the_class(backbone, images):
     assert maps.shape == (8, 3, 4, 4)
     assert maps.dtype == jnp.float32
     np.testing.assert_array_equal(maps.min(axis=(2, 3)), 0)
-    np.testing.assert_array_equal(maps.max(axis=(2, 3)), 1)
+    np.testing.assert_allclose(maps.max(axis=(2, 3)), 1, rtol=1e-6)
     assert np.abs(maps[:, 0] - maps[:, 1]).max() > 0.1
 
 
@@ -168,7 +195,7 @@ def test_neither_other_images_nor_other_classes_change_a_map(backbone, images):
     method = TransformerLRP(backbone)
     together = explain(method, images, CLASSES)
     alone = explain(method, images[2:3], CLASSES[2:3, 1:2])
-    np.testing.assert_allclose(together[2, 1], alone[0, 0], atol=1e-4)
+    np.testing.assert_allclose(together[2, 1], alone[0, 0], atol=1e-5)
 
 
 def test_devices_share_the_images(backbone, images):
@@ -182,12 +209,11 @@ def test_devices_share_the_images(backbone, images):
         check_vma=False,
     )
     maps = jax.jit(step)(state, images, CLASSES)
-    np.testing.assert_allclose(maps, explain(method, images, CLASSES), atol=1e-4)
+    np.testing.assert_allclose(maps, explain(method, images, CLASSES), atol=1e-5)
 
 
 def test_registers_have_no_place_in_the_map(images):
-    backbone = randomised(ViT("tiny", architecture=REFINED, image_size=32, rngs=nnx.Rngs(0)))
-    maps = explain(TransformerLRP(backbone), images, CLASSES)
+    maps = explain(TransformerLRP(build(REFINED)), images, CLASSES)
     assert maps.shape == (8, 3, 4, 4)
     assert np.isfinite(maps).all()
 

@@ -128,13 +128,14 @@ class IIA(Method):
             return x, maps
 
         shifts = [jnp.zeros(shape) for _ in blocks]
+        _, classify = backbone.split(f"blocks.{len(blocks)}")
         x, lower_pullback, maps = jax.vjp(lower, shifts, has_aux=True)
         last_map = run_block(last, x)[1].weights
 
         def attributions(b):
             def upper(x, weights):
                 x, _ = run_block(last, x, lambda _: weights)
-                return backbone.head(backbone.pooled(x[None]))[0]
+                return classify((x[None],))[0]
 
             _, upper_pullback = jax.vjp(upper, x, b * last_map)
 

@@ -63,18 +63,14 @@ class TransformerLRP(Method):
             tokens, backward, trace = jax.vjp(shifted, tokens, shift, has_aux=True)
             steps.append((block, backward, trace))
 
-        def classify(tokens):
-            pooled = backbone.pooled(tokens[None])
-            return backbone.head(pooled)[0], pooled[0]
-
-        _, backward_head, pooled = jax.vjp(classify, tokens, has_aux=True)
+        _, classify = backbone.split(f"blocks.{len(steps) - 1}")
+        logits, backward_head = jax.vjp(lambda tokens: classify((tokens[None],))[0], tokens)
+        pooled = backbone.pooled(tokens[None])[0]
 
         def explain(target):
-            (gradient,) = backward_head(target)
-            relevance = (
-                jnp.zeros(tokens.shape).at[0].set(linear(pooled, backbone.head.kernel[...], target))
-            )
-            maps = []
+            (gradient,) = backward_head(target.astype(logits.dtype))
+            of_pooled = linear(pooled, backbone.head.kernel[...], target)
+            relevance, maps = jnp.zeros(tokens.shape).at[0].set(of_pooled), []
             for block, backward, trace in reversed(steps):
                 gradient, map_gradient = backward(gradient)
                 relevance, map_relevance = propagate(block, trace, relevance)

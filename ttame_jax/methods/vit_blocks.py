@@ -38,7 +38,9 @@ def run_block(
     normed1 = block.norm1(x)
     query, key, value = split_qkv(attn.qkv(normed1), attn.num_heads)
     scores = query @ key.mT / jnp.sqrt(query.shape[-1]).astype(query.dtype)
-    weights = change(jax.nn.softmax(scores.astype(jnp.float32)))
+    # Relevance is a matter of many digits: at least float32, and float64 stays.
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    weights = change(jax.nn.softmax(scores))
     mixed = join_heads(weights.astype(value.dtype) @ value)
     branch1 = scaled(attn.proj(mixed), block.scale1)
     middle = x + branch1
