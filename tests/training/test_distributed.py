@@ -88,11 +88,11 @@ def start_two(launcher, dataset, output):
     return [launcher.start([*command, *flags], devices=2) for flags in fellows(2)]
 
 
-def test_synchronised_runs_on_1_4_and_8_devices_are_the_same(pictures, tmp_path, launcher):
+def test_synchronised_runs_on_1_4_and_8_devices_are_the_same(dataset, tmp_path, launcher):
     """Ten steps of 8."""
-    fields = {"epochs": 2, "batch_size": 8, "train_split": "train[:40]"}
+    fields = {"epochs": 1, "batch_size": 8, "train_split": "train[:80]"}
     runs = [tmp_path / f"{devices}" for devices in (1, 4, 8)]
-    commands = [train_command(f"folder:{pictures}", run, **fields) for run in runs]
+    commands = [train_command(dataset, run, **fields) for run in runs]
     launcher.finish(
         *(launcher.start(command, int(run.name)) for command, run in zip(commands, runs))
     )

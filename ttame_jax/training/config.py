@@ -69,7 +69,7 @@ class TrainConfig:
     flip: bool = True
     """Whether to mirror half of the training images."""
     workers: int = 2
-    """Processes that read and decode images, on each machine; 0 does it in the training one."""
+    """Processes that read and decode images for each training process; 0 does it in that one."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 500

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax
 from etils import epath
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from ttame_jax.files import in_bucket, write_atomically
@@ -44,6 +43,8 @@ class Log:
             initial=first, total=total, unit="step", dynamic_ncols=True, disable=not self._writes
         )
         if self._writes:
+            from tensorboardX import SummaryWriter  # slow: it imports PyTorch where that is there
+
             self.metrics, self.validation = (
                 JsonLines(folder / name, first) for name in ("metrics.jsonl", "validation.jsonl")
             )
