@@ -72,6 +72,19 @@ def test_explain_writes_a_picture_and_the_maps(run, pictures, tmp_path, capsys):
     assert f"{image.stem}.png: class" in capsys.readouterr().out
 
 
+def test_explain_takes_another_method(run, pictures, tmp_path):
+    image = next((pictures / "validation").iterdir())
+    words = ["explain", str(image), "--run", str(run), "--classes", "top2", "--output"]
+    main([*words, str(tmp_path / "own")])
+    main([*words, str(tmp_path / "gradcam"), "--method", "gradcam"])
+    own, gradcam = (np.load(tmp_path / n / f"{image.stem}.npz") for n in ("own", "gradcam"))
+    np.testing.assert_array_equal(own["classes"], gradcam["classes"])
+    assert gradcam["maps"].shape == (2, 4, 4)
+    assert not np.allclose(own["maps"], gradcam["maps"])
+    with pytest.raises(SystemExit, match="unknown method 'lime'"):
+        main([*words, str(tmp_path / "lime"), "--method", "lime"])
+
+
 def test_images_of_the_same_name_do_not_overwrite_each_other(run, pictures, tmp_path):
     twins = [pictures / split / "000.png" for split in ("train", "validation")]
     main(["explain", *map(str, twins), "--run", str(run), "--output", str(tmp_path)])

@@ -25,9 +25,10 @@ def explain(
     run: Path,
     output: Path,
     classes: str = "predicted",
+    method: str | None = None,
     weights: str | None = None,
 ) -> None:
-    """Explain images with a trained run.
+    """Explain images with a trained run, or with another method on its backbone.
 
     Writes NAME.png (the image, and each map over it) and NAME.npz (maps, classes,
     probabilities) for every image.
@@ -37,17 +38,21 @@ def explain(
       run: The run's folder, as ttame train wrote it.
       output: Folder for the results.
       classes: What to explain: predicted, top5 (or another number), or class ids as 3,17.
+      method: The run's own by default, or gradcam, gradcam++, scorecam, ablationcam, rise, iia or
+        transformer_lrp.
       weights: Of the backbone, where they are no longer where the run found them.
     """
     from ttame_jax.data import preprocess
     from ttame_jax.explainer import load_explainer
+    from ttame_jax.methods import load_method
 
     names = _output_names(images)
     explainer = load_explainer(run, weights)
+    other = method and load_method(method, explainer.backbone, explainer.attention)
     wanted = _parse_classes(classes)
     for path, name in zip(images, names):
         picture = preprocess(path, explainer.backbone.preprocessing)
-        _explain_one(explainer, picture, wanted, output / name)
+        _explain_one(explainer, other, picture, wanted, output / name)
 
 
 def _output_names(images: Sequence[Path]) -> list[str]:
@@ -68,10 +73,15 @@ def _parse_classes(text: str) -> str | np.ndarray | None:
     return np.array([ids], int) if all(part.strip().isdecimal() for part in ids) else text
 
 
-def _explain_one(explainer, picture: np.ndarray, classes, stem: Path) -> None:
+def _explain_one(explainer, other, picture: np.ndarray, classes, stem: Path) -> None:
+    from ttame_jax import methods
     from ttame_jax.plots import explanation_figure, save_figure
 
-    explanation = explainer(picture[None].astype(np.float32) / 255, classes)
+    images = picture[None].astype(np.float32) / 255
+    explanation = explainer(images, classes)
+    if other:
+        maps = methods.explain(other, images, explanation.classes)
+        explanation = dataclasses.replace(explanation, maps=maps)
     arrays = {
         field.name: np.asarray(getattr(explanation, field.name)[0])
         for field in dataclasses.fields(explanation)

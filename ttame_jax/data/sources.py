@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
 from ttame_jax.data.digits import Digits  # importing it registers it with TFDS
 
@@ -87,7 +88,7 @@ def select(source: Source, names: str | Path | None = None, limit: int | None = 
     """
     indices = np.arange(len(source))
     if names is not None:
-        lines = Path(names).read_text().splitlines()
+        lines = epath.Path(names).read_text().splitlines()
         wanted = [line.split()[0] for line in lines if line.strip()]
         indices = source.indices_of(wanted)
         print(f"{len(indices)} of the {len(wanted)} images of {names} are in {source}")

@@ -2,7 +2,7 @@
 
 import inspect
 
-from ttame_jax.attention import AttentionMechanism
+from ttame_jax.attention import VARIANTS, AttentionMechanism
 from ttame_jax.backbones import Backbone
 from ttame_jax.methods.ablationcam import AblationCAM
 from ttame_jax.methods.base import Method
@@ -55,7 +55,7 @@ def load_method(
         raise ValueError(f"{name} has no options, not {', '.join(config)}")
     if attention is not None and attention.variant == name:
         return TTAME(backbone, attention)
-    if attention is not None or name in TRAINED:
+    if name in VARIANTS:
         trained = f"a run of variant {attention.variant!r}" if attention else "no run"
         raise ValueError(
             f"the method {name!r} needs an attention mechanism of that variant, and this is "
