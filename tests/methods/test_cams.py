@@ -1,14 +1,11 @@
 """Grad-CAM, Grad-CAM++, Score-CAM and Ablation-CAM: the package's maps, and cases by hand."""
 
-import io
-import tarfile
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from PIL import Image
+from real_images import read_images
 
 from benchmarks.methods import CAMS, RECIPES, agreement, our_maps, package_cam, torch_model
 from ttame_jax.backbones import load_backbone
@@ -28,16 +25,6 @@ def assert_agrees(method, images, classes):
     found = agreement(our_maps(method, images, classes), theirs(images, classes))
     assert found["largest_difference"] <= 1e-3
     assert found["correlation"] >= 0.9999
-
-
-def read_images(shared, preprocessing, count):
-    """The first real images ``[count, S, S, 3]``, standardised."""
-    size, images = preprocessing.image_size, []
-    with tarfile.open(shared / "imagenet_sample/manual/ILSVRC2012_img_val.tar") as tar:
-        for member in tar.getmembers()[:count]:
-            image = Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGB")
-            images.append(np.asarray(image.resize((size, size)), np.float32) / 255)
-    return np.asarray(preprocessing.standardise(np.stack(images)))
 
 
 @pytest.fixture(scope="module")

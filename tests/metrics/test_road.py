@@ -1,12 +1,9 @@
-import io
-import tarfile
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from PIL import Image
+from real_images import read_images
 
 from convert.torch_import import import_torchvision
 from ttame_jax import load_backbone
@@ -98,16 +95,6 @@ def test_maps_of_another_size_are_refused():
     images, maps, classes = example()
     with pytest.raises(ValueError, match="resize"):
         road(brightest_channel, images, maps[:, ::2, ::2], classes, np.arange(3), KEY)
-
-
-def read_images(shared, preprocessing, count):
-    """The first real images, [count, S, S, 3], standardised."""
-    size, images = preprocessing.image_size, []
-    with tarfile.open(shared / "imagenet_sample/manual/ILSVRC2012_img_val.tar") as tar:
-        for member in tar.getmembers()[:count]:
-            image = Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGB")
-            images.append(np.asarray(image.resize((size, size)), np.float32) / 255)
-    return preprocessing.standardise(np.stack(images))
 
 
 def package_scores(shared, images, maps, classes, percentages):
