@@ -186,7 +186,7 @@ def test_maps_are_scaled_and_depend_on_the_class(backbone, images):
     maps = explain(TransformerLRP(backbone), images, CLASSES)
     assert maps.shape == (8, 3, 4, 4)
     assert maps.dtype == jnp.float32
-    np.testing.assert_array_equal(maps.min(axis=(2, 3)), 0)
+    np.testing.assert_allclose(maps.min(axis=(2, 3)), 0, atol=1e-6)
     np.testing.assert_allclose(maps.max(axis=(2, 3)), 1, rtol=1e-6)
     assert np.abs(maps[:, 0] - maps[:, 1]).max() > 0.1
 
