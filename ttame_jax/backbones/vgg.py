@@ -97,4 +97,10 @@ class VGG(Backbone):
 
     def _classify(self, x, classes=None):
         x = adaptive_average_pool(x, GRID).reshape(len(x), -1)
-        return classify(self.head, nnx.relu(self.fc2(nnx.relu(self.fc1(x)))), classes)
+        return classify(self.head, _relu(self.fc2(_relu(self.fc1(x)))), classes)
+
+
+def _relu(x: jax.Array) -> jax.Array:
+    """ReLU as a choice, not a maximum, which XLA on CPU would fuse with the layers around it so
+    that all convolutions before them run twice (jaxlib 0.10)."""
+    return jnp.where(x > 0, x, 0)
