@@ -14,6 +14,7 @@ from etils import epath
 from ttame_jax.errors import one_line_errors
 from ttame_jax.experiments.compare import CompareConfig, compare
 from ttame_jax.experiments.evaluate import EvaluateConfig, evaluate
+from ttame_jax.experiments.lr_find import Grid, lr_find
 from ttame_jax.files import save_arrays
 from ttame_jax.startup import Processes, joined, use_compilation_cache
 from ttame_jax.training.config import TrainConfig, preset
@@ -167,13 +168,33 @@ def _train_command(default: TrainConfig):
     return train
 
 
+def _lr_find_command(default: TrainConfig):
+    if default.output is not tyro.MISSING:
+        folder = default.output.with_name(f"{default.output.name}_lr_find")
+        default = dataclasses.replace(default, output=folder)
+
+    def search(
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
+        *,
+        grid: Annotated[Grid, tyro.conf.arg(name="")],
+        processes: Annotated[Processes, tyro.conf.arg(name="")],
+    ) -> None:
+        """Search the peak rate and number of epochs by AD and IC; writes a table and a plot."""
+        with joined(processes), one_line_errors("ttame"):
+            lr_find(config, grid)
+
+    return search
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; a mistake in it ends with one line that says what to do."""
     args = list(sys.argv[1:] if args is None else args)
     use_compilation_cache()
     with one_line_errors("ttame"), _paths:
+        default = _preset_named_in(args)
         commands = {
-            "train": _train_command(_preset_named_in(args)),
+            "train": _train_command(default),
+            "lr-find": _lr_find_command(default),
             "explain": explain,
             "evaluate": _evaluate,
             "compare": _compare,

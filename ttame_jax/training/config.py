@@ -4,6 +4,8 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import math
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +18,10 @@ from ttame_jax.losses import LossConfig
 from ttame_jax.masking import MaskingKind
 
 CONFIG_FILE = "config.json"
+REFERENCE_BATCH_SIZE = 32
+"""The paper's, which --learning-rate is for."""
+Scaling = Literal["none", "sqrt", "linear"]
+_EXPONENTS: dict[Scaling, float] = {"none": 0, "sqrt": 0.5, "linear": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +61,17 @@ class TrainConfig:
     """The training loss."""
     epochs: int = 8
     """Passes over the training images."""
-    batch_size: int = 32
-    """Images a step, over all devices of all processes."""
+    batch_size: int | Literal["auto"] = REFERENCE_BATCH_SIZE
+    """Images a step, over all devices of all processes; auto is the largest power of two times the
+    number of devices that fits into their memory, up to 1024 (of a run that exists, its own)."""
     synchronise: bool = False
     """Whether Psi and BatchNorm are those of the whole batch, so that the number of devices changes
     nothing; otherwise each device takes its part of the batch by itself, as in the authors' code."""
     learning_rate: float = 1e-3
     """Peak of the one-cycle schedule."""
+    scale_learning_rate: Scaling = "none"
+    """Whether that is the peak as it is, or for a batch of 32: others then have it times
+    (batch size / 32), or times the square root of that."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters and loss are float32."""
     seed: int = 0
@@ -77,10 +87,17 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "log_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.learning_rate <= 0:
+            value = getattr(self, name)
+            if value != "auto" and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """`learning_rate` for this batch size, by the rule of `scale_learning_rate`."""
+        larger = self.batch_size / REFERENCE_BATCH_SIZE
+        return self.learning_rate * larger ** _EXPONENTS[self.scale_learning_rate]
 
     def save(self, folder: Path | None = None) -> None:
         """Writes ``config.json`` into the run's folder, or into one that will become it."""
@@ -117,3 +134,27 @@ def preset(backbone: str) -> TrainConfig:
     if backbone.isidentifier() and importlib.util.find_spec(f"configs.{backbone}"):
         return importlib.import_module(f"configs.{backbone}").CONFIG
     return TrainConfig(backbone=backbone, output=output)
+
+
+def command(config: TrainConfig) -> str:
+    """The command line of a run: ``ttame train`` and what differs from the backbone's preset."""
+    flags = _flags(config, preset(config.backbone))
+    return shlex.join(["ttame", "train", "--backbone", config.backbone, *flags])
+
+
+def _flags(config, default, prefix: str = "") -> list[str]:
+    words = []
+    for field in dataclasses.fields(config):
+        value, usual = getattr(config, field.name), getattr(default, field.name)
+        name = prefix + field.name.replace("_", "-")
+        if value == usual:
+            continue
+        if dataclasses.is_dataclass(value):
+            words += _flags(value, usual, f"{name}.")
+        elif isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, dict):
+            words += [f"--{name}", *(str(word) for pair in value.items() for word in pair)]
+        else:
+            words += [f"--{name}", str(value)]
+    return words

@@ -5,16 +5,22 @@ import dataclasses
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import optax
 from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ttame_jax.data import Batches, load_source, select, train_batches
-from ttame_jax.mesh import check_batch_size, data_mesh, replicate
+from ttame_jax.mesh import AXIS, check_batch_size, data_mesh, replicate
 from ttame_jax.methods import TTAME
 from ttame_jax.metrics.evaluation import Evaluator, summarise
+from ttame_jax.training.batch_size import largest_batch
 from ttame_jax.training.checkpoints import Checkpoints
 from ttame_jax.training.config import CONFIG_FILE, TrainConfig, load_config
 from ttame_jax.training.feed import Feed
@@ -38,28 +44,36 @@ def train(config: TrainConfig) -> None:
     Run(config).train()
 
 
+class Plan(NamedTuple):
+    """What follows from the size of a batch."""
+
+    steps_per_epoch: int
+    total_steps: int
+    cycle: OneCycle
+    optimizer: optax.GradientTransformation
+    step: Callable  # compiled when it is first called
+
+
 class Run:
     """All that a run needs, built and checked before the first step."""
 
     def __init__(self, config: TrainConfig):
-        _check(config)
-        self.config = config
+        self.config = config = settle(config)
         self.mesh = data_mesh()
         self.backbone = build_backbone(config)
         self.attention = build_attention(config, self.backbone)
+        self.masking = config.masking or self.backbone.masking
+        self.backbone_state = replicate(nnx.state(self.backbone), self.mesh)
         self.source = load_source(config.dataset, config.train_split, config.data_dir)
-        self.steps_per_epoch = len(self.source) // config.batch_size
-        if self.steps_per_epoch == 0:
+        if config.batch_size == "auto":
+            batch_size = largest_batch(self._compiled_step, len(self.source))
+            self.config = config = dataclasses.replace(config, batch_size=batch_size)
+        self.plan = self._plan(config.batch_size)
+        if self.plan.total_steps == 0:
             raise ValueError(
                 f"{config.dataset} has {len(self.source)} images, less than one batch: "
                 f"lower --batch-size to at most that"
             )
-        self.total_steps = config.epochs * self.steps_per_epoch
-        cycle = OneCycle(config.learning_rate, self.total_steps)
-        self.learning_rate = jax.jit(cycle.learning_rate)
-        self.optimizer = one_cycle_sgd(cycle)
-        self.masking = config.masking or self.backbone.masking
-        self.backbone_state = replicate(nnx.state(self.backbone), self.mesh)
         self.validation = None
         if config.validation_images:
             source = load_source(config.dataset, config.validation_split, config.data_dir)
@@ -73,17 +87,9 @@ class Run:
 
     def train(self) -> None:
         """Runs all steps that are left, or those until SIGTERM."""
-        config = self.config
-        step_fn = make_train_step(
-            self.backbone,
-            self.attention,
-            self.optimizer,
-            self.mesh,
-            self.masking,
-            config.loss,
-            synchronise=config.synchronise,
-        )
-        state = replicate(initial_state(self.attention, self.optimizer), self.mesh)
+        config, plan = self.config, self.plan
+        learning_rate = jax.jit(plan.cycle.learning_rate)
+        state = self._initial_state(plan)
         with (
             contextlib.closing(self._batches()) as batches,
             Checkpoints(config.output) as checkpoints,
@@ -98,23 +104,51 @@ class Run:
             self._announce(first)
             with (
                 Feed(batches, self.mesh) as feed,
-                Log(config.output, first, self.total_steps, feed) as log,
+                Log(config.output, first, plan.total_steps, feed) as log,
             ):
-                for step in range(first + 1, self.total_steps + 1):
+                for step in range(first + 1, plan.total_steps + 1):
                     images = feed.take(running=metrics)
-                    state, metrics = step_fn(state, self.backbone_state, images)
+                    state, metrics = plan.step(state, self.backbone_state, images)
                     log.advance()
-                    if step % config.log_every == 0 or step == self.total_steps:
-                        rate = self.learning_rate(step - 1)
+                    if step % config.log_every == 0 or step == plan.total_steps:
+                        rate = learning_rate(step - 1)
                         log.write(step, {**metrics, "learning_rate": rate}, config.batch_size)
                     stop = preempted(step)
-                    if step % self.steps_per_epoch == 0:
+                    if step % plan.steps_per_epoch == 0:
                         checkpoints.save(state, feed.state, self._measure(step, state, log))
                     elif step % config.checkpoint_every == 0 or stop:
                         checkpoints.save(state, feed.state)
                     if stop:
                         return say(f"stopped after step {step}: the same command resumes there")
             say(f"done: ttame explain IMAGE --run {config.output} --output DIR")
+
+    def _plan(self, batch_size: int) -> Plan:
+        config = dataclasses.replace(self.config, batch_size=batch_size)
+        steps_per_epoch = len(self.source) // batch_size
+        total_steps = config.epochs * steps_per_epoch
+        cycle = OneCycle(config.peak_learning_rate, total_steps)
+        optimizer = one_cycle_sgd(cycle)
+        step = make_train_step(
+            self.backbone,
+            self.attention,
+            optimizer,
+            self.mesh,
+            self.masking,
+            config.loss,
+            synchronise=config.synchronise,
+        )
+        return Plan(steps_per_epoch, total_steps, cycle, optimizer, step)
+
+    def _initial_state(self, plan: Plan) -> TrainState:
+        return replicate(initial_state(self.attention, plan.optimizer), self.mesh)
+
+    def _compiled_step(self, batch_size: int) -> jax.stages.Compiled:
+        """The step as it would run; JAX's cache of programs keeps it for when it does."""
+        plan, side = self._plan(batch_size), self.backbone.preprocessing.image_size
+        sharding = NamedSharding(self.mesh, P(AXIS))
+        images = jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.uint8, sharding=sharding)
+        state = self._initial_state(plan)
+        return plan.step.lower(state, self.backbone_state, images).compile()
 
     def _batches(self) -> Batches:
         return train_batches(
@@ -141,7 +175,7 @@ class Run:
             for name, values in summary.items()
             for percent, value in values.items()
         }
-        log.write_validation(step, step // self.steps_per_epoch, measured)
+        log.write_validation(step, step // self.plan.steps_per_epoch, measured)
         return measured
 
     def _announce(self, first: int) -> None:
@@ -151,15 +185,28 @@ class Run:
         say(
             f"{start}: {len(devices)} x {devices[0].device_kind}, {self.backbone.name} frozen, "
             f"{trained:,} parameters trained, {len(self.source):,} images, "
-            f"{self.total_steps:,} steps of {self.config.batch_size}"
+            f"{self.plan.total_steps:,} steps of {self.config.batch_size}, "
+            f"peak rate {self.plan.cycle.peak:g}"
         )
 
 
-def _check(config: TrainConfig) -> None:
-    check_batch_size(config.batch_size)
-    if not (epath.Path(config.output) / CONFIG_FILE).is_file():
-        return
-    before = load_config(config.output)
+def settle(config: TrainConfig) -> TrainConfig:
+    """The configuration, its batch size that of the run in its folder where it says auto.
+
+    Raises:
+      ValueError: as `train` does.
+    """
+    if (epath.Path(config.output) / CONFIG_FILE).is_file():
+        before = load_config(config.output)
+        if config.batch_size == "auto":
+            config = dataclasses.replace(config, batch_size=before.batch_size)
+        _check_same(before, config)
+    if config.batch_size != "auto":
+        check_batch_size(config.batch_size)
+    return config
+
+
+def _check_same(before: TrainConfig, config: TrainConfig) -> None:
     changed = [
         f"--{field.name.replace('_', '-')} was {getattr(before, field.name)}"
         for field in dataclasses.fields(config)
