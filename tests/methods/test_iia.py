@@ -15,7 +15,7 @@ from ttame_jax.methods import explain
 from ttame_jax.methods.iia import IIA, integrate
 from ttame_jax.methods.vit_blocks import run_block
 
-CLASSES = jnp.tile(jnp.array([[0, 3, 4]]), (8, 1))
+CLASSES = jnp.tile(jnp.array([[0, 3, 4]]), (16, 1))
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def vit():
 
 @pytest.fixture(scope="module")
 def images():
-    return jax.random.uniform(jax.random.key(1), (8, 64, 64, 3))
+    return jax.random.uniform(jax.random.key(1), (16, 64, 64, 3))
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +113,7 @@ def test_neither_other_images_nor_other_classes_change_a_map(name, recipe, image
     images = images[:, :size, :size]
     method = IIA(backbone, recipe=recipe, steps=2)
     together = explain(method, images, CLASSES)
-    assert together.shape == (8, 3, *backbone.feature_shapes()[-1][:2])
+    assert together.shape == (16, 3, *backbone.feature_shapes()[-1][:2])
     assert together.dtype == jnp.float32
     np.testing.assert_allclose(together.min(axis=(2, 3)), 0, atol=1e-6)
     np.testing.assert_allclose(together.max(axis=(2, 3)), 1, rtol=1e-6)
@@ -150,7 +150,7 @@ def test_memory_does_not_grow_with_the_steps(name, images, request):
 
 def test_a_layer_is_chosen_by_name(cnn, images):
     maps = explain(IIA(cnn, layer="layers.2.0", steps=1), images, CLASSES)
-    assert maps.shape == (8, 3, 4, 4)
+    assert maps.shape == (16, 3, 4, 4)
     np.testing.assert_array_equal(
         explain(IIA(cnn, layer=cnn.target_layer, steps=1), images, CLASSES),
         explain(IIA(cnn, steps=1), images, CLASSES),

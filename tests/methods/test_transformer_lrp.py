@@ -50,7 +50,7 @@ def backbone():
 
 @pytest.fixture(scope="module")
 def images():
-    return jax.random.uniform(jax.random.key(1), (8, 32, 32, 3))
+    return jax.random.uniform(jax.random.key(1), (16, 32, 32, 3))
 
 
 def build(architecture):
@@ -60,7 +60,7 @@ def build(architecture):
     return randomised(backbone)
 
 
-CLASSES = np.tile([[0, 3, 4]], (8, 1))
+CLASSES = np.tile([[0, 3, 4]], (16, 1))
 
 
 def normal(seed, *shape):
@@ -184,7 +184,7 @@ def test_one_block_worked_out_by_hand(images):
 
 def test_maps_are_scaled_and_depend_on_the_class(backbone, images):
     maps = explain(TransformerLRP(backbone), images, CLASSES)
-    assert maps.shape == (8, 3, 4, 4)
+    assert maps.shape == (16, 3, 4, 4)
     assert maps.dtype == jnp.float32
     np.testing.assert_allclose(maps.min(axis=(2, 3)), 0, atol=1e-6)
     np.testing.assert_allclose(maps.max(axis=(2, 3)), 1, rtol=1e-6)
@@ -214,7 +214,7 @@ def test_devices_share_the_images(backbone, images):
 
 def test_registers_have_no_place_in_the_map(images):
     maps = explain(TransformerLRP(build(REFINED)), images, CLASSES)
-    assert maps.shape == (8, 3, 4, 4)
+    assert maps.shape == (16, 3, 4, 4)
     assert np.isfinite(maps).all()
 
 

@@ -15,6 +15,7 @@ from ttame_jax.masking import min_max_scale
 from ttame_jax.methods.base import Method
 from ttame_jax.methods.vit_blocks import (
     class_token_row,
+    map_images,
     patch_maps,
     require_class_token,
     run_block,
@@ -112,7 +113,7 @@ class IIA(Method):
     def _attention(self, images: jax.Array, targets: jax.Array) -> jax.Array:
         """The inner integral for standardised images, with a ViT: ``[B, K, blocks, N, N]``."""
         tokens = self.backbone.embed(images.astype(self.backbone.dtype))
-        return jax.vmap(self._attention_of_image)(tokens, targets)
+        return map_images(self._attention_of_image, tokens, targets)
 
     def _attention_of_image(self, tokens: jax.Array, targets: jax.Array) -> jax.Array:
         """Of one image's tokens [N, D]: ``[K, blocks, N, N]``, means over heads."""

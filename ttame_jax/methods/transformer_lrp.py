@@ -19,6 +19,7 @@ from ttame_jax.methods.vit_blocks import (
     Trace,
     class_token_row,
     join_heads,
+    map_images,
     patch_maps,
     require_class_token,
     run_block,
@@ -48,7 +49,7 @@ class TransformerLRP(Method):
         backbone = self.backbone
         standardised = backbone.preprocessing.standardise(images).astype(backbone.dtype)
         targets = jax.nn.one_hot(classes, backbone.num_classes)
-        rows = jax.vmap(self._rows)(backbone.embed(standardised), targets)
+        rows = map_images(self._rows, backbone.embed(standardised), targets)
         return min_max_scale(patch_maps(backbone, rows))
 
     def _rows(self, tokens: jax.Array, targets: jax.Array) -> jax.Array:

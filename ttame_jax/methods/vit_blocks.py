@@ -1,6 +1,6 @@
 """ViT blocks opened up for the methods that read attention maps: one image, `[N, D]`.
 
-Batches are `jax.vmap` over these functions, so that no image can see another.
+`map_images` makes batches of them, so that no image can see another.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +11,14 @@ import jax.numpy as jnp
 
 from ttame_jax.backbones import Backbone
 from ttame_jax.backbones.vit import ACTIVATIONS, Block, ViT, scaled
+
+IMAGES = 8
+"""How many images are walked through at a time: memory does not grow with larger batches."""
+
+
+def map_images(function: Callable[..., jax.Array], *batches: jax.Array) -> jax.Array:
+    """A function of one image's arrays, for each image of the batches."""
+    return jax.lax.map(lambda arrays: function(*arrays), batches, batch_size=IMAGES)
 
 
 class Trace(NamedTuple):
