@@ -83,7 +83,7 @@ def test_only_what_may_fit_is_compiled(monkeypatch):
 
 
 def test_a_batch_that_needs_more_than_estimated_is_not_taken(monkeypatch):
-    """A square of the batch: 128 need 4 times what 64 do, of which the straight line says 3."""
+    """A square of the batch: 128 need 4 times what 64 do, the straight line says 2.5."""
     needed = 4 * (128 * FLOATS + 128**2)
     give(monkeypatch, needed - 1)
     compile_step = compiler(lambda x: x @ x.T, axis=None)
