@@ -189,3 +189,11 @@ def test_a_vit_splits_inside_a_block_with_its_residual_stream_beside_the_layer()
 def test_an_unknown_layer_is_refused_with_the_names_there_are():
     with pytest.raises(ValueError, match=r"no layer 'layer4'; it has stem, layers.0.0"):
         load_backbone("digits_cnn").split("layer4")
+
+
+@pytest.mark.parametrize("count", [1, 6, 7])
+def test_classifying_gives_the_logits_of_any_number_of_images(count):
+    backbone = load_backbone("digits_cnn")
+    images = jax.random.normal(jax.random.key(0), (count, 64, 64, 3))
+    logits, _ = backbone(images)
+    np.testing.assert_allclose(backbone.classify(images), logits, rtol=1e-5, atol=1e-6)

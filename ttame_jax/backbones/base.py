@@ -57,6 +57,9 @@ def _run(steps: Iterable[Callable[..., State]], state: State) -> State:
     return state
 
 
+CPU_PIXELS = 4 * 224 * 224
+"""What a CPU classifies at a time."""
+
 IMAGENET = Preprocessing()
 
 
@@ -127,6 +130,20 @@ class Backbone(nnx.Module):
             if name in self.feature_layers:
                 features.append(self.feature_map(state[0]))
         return state[0].astype(jnp.float32), tuple(features)
+
+    def classify(self, images: jax.Array) -> jax.Array:
+        """Logits [B, num_classes] alone, of any number of standardised images [B, H, W, 3].
+
+        On a CPU a few images go through at a time: their activations stay in its caches, which
+        makes CNNs up to twice as fast.
+        """
+        most, pixels = len(images), images.shape[1] * images.shape[2]
+        if jax.default_backend() == "cpu":
+            most = min(most, max(CPU_PIXELS // pixels, 1))
+        size = next(n for n in range(most, 0, -1) if len(images) % n == 0)
+        groups = images.reshape(-1, size, *images.shape[1:])
+        logits = jax.lax.map(lambda group: self(group)[0], groups)
+        return logits.reshape(len(images), -1)
 
     def named_layers(self) -> list[tuple[str, Callable[..., State]]]:
         """The family's computation, layer by layer: from images in `dtype` to logits.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # A JPEG may be decoded at a half, a quarter or an eighth of its size for next to nothing. As long
 # as the result is resized to at most half of that, less changes than between bilinear and bicubic.
-_DRAFT_MARGIN = 2
+DRAFT_MARGIN = 2
 
 
 class UnreadableImage(OSError):
@@ -52,7 +52,14 @@ def training_image(
     encoded: bytes, preprocessing: Preprocessing, rng: np.random.Generator, flip: bool = True
 ) -> np.ndarray:
     """Returns a random crop, mirrored half of the time if `flip`: uint8 [S, S, 3]."""
-    image = decode(encoded, _DRAFT_MARGIN * preprocessing.resize_size)
+    image = decode(encoded, DRAFT_MARGIN * preprocessing.resize_size)
+    return random_crop(image, preprocessing, rng, flip)
+
+
+def random_crop(
+    image: Image.Image, preprocessing: Preprocessing, rng: np.random.Generator, flip: bool = True
+) -> np.ndarray:
+    """The part of `training_image` that follows decoding."""
     width, height = _resized_size(image, preprocessing)
     size = preprocessing.image_size
     left = rng.integers(width - size, endpoint=True)

@@ -133,7 +133,7 @@ class Comparison:
     def _settings(self, name: str) -> dict:
         """What the figures of a method depend on, as JSON gives it back."""
         settings = dataclasses.asdict(self.config)
-        for field in ("output", "methods", "limits", "method_config", "pictures"):
+        for field in ("output", "methods", "limits", "method_config", "pictures", "batch_size"):
             del settings[field]
         own = {k: v for k, v in self.config.method_config.items() if k.startswith(f"{name}.")}
         settings |= {"method": name, "limit_of_method": self.config.limits.get(name), "own": own}

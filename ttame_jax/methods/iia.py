@@ -84,27 +84,32 @@ class IIA(Method):
 
     def __call__(self, images: jax.Array, classes: jax.Array) -> jax.Array:
         standardised = self.backbone.preprocessing.standardise(images)
-        targets = jax.nn.one_hot(classes, self.backbone.num_classes)  # [B, K, num_classes]
         if not self.is_vit:
-            maps = integrate(lambda a: self._activations(a * standardised, targets), self.points)
+            maps = integrate(lambda a: self._activations(a * standardised, classes), self.points)
             return min_max_scale(maps)
+        targets = jax.nn.one_hot(classes, self.backbone.num_classes)  # [B, K, num_classes]
         maps = integrate(lambda a: self._attention(a * standardised, targets), self.points)
         maps += jnp.eye(maps.shape[-1])
         maps /= maps.sum(axis=-1, keepdims=True)
         rows = jax.vmap(jax.vmap(lambda blocks: class_token_row(blocks[::-1])))(maps)
         return min_max_scale(patch_maps(self.backbone, rows))
 
-    def _activations(self, images: jax.Array, targets: jax.Array) -> jax.Array:
+    def _activations(self, images: jax.Array, classes: jax.Array) -> jax.Array:
         """The inner integral for standardised images, with a CNN: ``[B, K, h, w]``."""
         before, after = self.backbone.split(self.layer)
         output, *rest = before(images)
         paper = self.recipe == "paper"
         low = output.min(axis=(1, 2), keepdims=True) if paper else jnp.zeros_like(output)
 
+        def slopes(value, rest, classes):  # of one image's K logits: [K, h, w, C]
+            def logits(value):
+                return after(tuple(x[None] for x in (value, *rest)), classes)[0]
+
+            return jax.jacrev(logits)(value)
+
         def attributions(b):
             value = low + b.astype(low.dtype) * (output - low)
-            _, pullback = jax.vjp(lambda value: after((value, *rest)), value)
-            (gradients,) = jax.vmap(pullback, in_axes=1, out_axes=1)(targets)  # [B, K, h, w, C]
+            gradients = jax.vmap(slopes)(value, rest, classes)  # [B, K, h, w, C]
             weights = jax.nn.relu(output - low) * (value if paper else 1)
             return jnp.einsum("bhwc,bkhwc->bkhw", weights, gradients).astype(jnp.float32)
 
