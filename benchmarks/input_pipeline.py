@@ -1,0 +1,129 @@
+"""Images per second and core that reading, decoding, resizing and batching allow, as JSON.
+
+    python benchmarks/input_pipeline.py
+    python benchmarks/input_pipeline.py --dataset imagenet2012 --data-dir DIR --workers 8
+
+Stages are timed one by one on one core, in seconds of its own time, so that what else the machine
+does hardly counts; `loader` is the whole of it over the workers, in seconds of the clock. Without a
+data set the images are photographs of ImageNet's usual size, 500x375, cut from scikit-learn's.
+"""
+
+import tempfile
+import time
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+import tyro
+from common import Setting, cpu_cores, main, measure
+from PIL import Image, ImageOps
+
+from ttame_jax.data import Source, load_source, train_batches
+from ttame_jax.data.transforms import DRAFT_MARGIN, decode, evaluation_image, random_crop
+
+SIZE = (500, 375)
+QUALITY = 97  # makes as many bytes of these photographs as ImageNet's have, 110,000
+
+
+@dataclass(frozen=True)
+class Options(Setting):
+    dataset: str | None = None
+    """A TFDS data set or folder:DIR; None makes images."""
+    data_dir: str | None = None
+    """Where TFDS keeps its data sets."""
+    split: str = "train"
+    """Of the data set."""
+    limit: int = 64
+    """Number of different images."""
+    workers: int = 0
+    """Processes of the loader; 0 is threads of this one."""
+
+
+def run(options: Options) -> dict:
+    if options.dataset:
+        return timed(load_source(options.dataset, options.split, options.data_dir), options)
+    with tempfile.TemporaryDirectory() as folder:
+        write_photographs(Path(folder), options.limit)
+        return timed(load_source(f"folder:{folder}", options.split), options)
+
+
+def timed(source: Source, options: Options) -> dict:
+    # Only here, as the loader's workers import this file and need none of it.
+    import jax
+    from ours import device, select_device
+
+    from ttame_jax import load_backbone
+
+    select_device(options)
+    preprocessing = load_backbone(options.backbone).preprocessing
+    indices = range(min(options.limit, len(source)))
+    encoded = [source[i]["image"] for i in indices]
+    shortest = DRAFT_MARGIN * preprocessing.resize_size
+    decoded = [decode(data, shortest) for data in encoded]
+    rng = np.random.default_rng(0)
+    batch = [random_crop(image, preprocessing, rng) for image in islice(cycle(decoded), 32)]
+    stacked = np.stack(batch)
+
+    def over(items, function):
+        items = cycle(items)
+        return lambda count: [function(next(items)) for _ in range(count)]
+
+    seconds = measure(
+        {
+            "read": over(indices, source.__getitem__),
+            "decode": over(encoded, lambda data: decode(data, shortest)),
+            "resize_and_crop": over(decoded, lambda image: random_crop(image, preprocessing, rng)),
+            "evaluation": over(encoded, lambda data: evaluation_image(data, preprocessing)),
+            "batch": over([batch], np.stack),
+            "device_put": over([stacked], lambda b: jax.block_until_ready(jax.device_put(b))),
+        },
+        options.rounds,
+        clock=time.process_time,
+    )
+    for name in ("batch", "device_put"):
+        seconds[name] /= len(batch)
+    evaluation = seconds.pop("evaluation")
+    return {
+        **device(),
+        "images": len(encoded),
+        "mean_bytes": sum(map(len, encoded)) / len(encoded),
+        "images_per_second_per_core": 1 / sum(seconds.values()),
+        "by_stage": {name: 1 / time for name, time in seconds.items()},
+        "evaluation_images_per_second_per_core": 1 / (seconds["read"] + evaluation),
+        "loader": loader(source, preprocessing, options),
+    }
+
+
+def loader(source: Source, preprocessing, options: Options) -> dict:
+    """Images a second from Grain, all its processes or threads together."""
+    batches = train_batches(
+        source, preprocessing, options.batch_size, seed=0, workers=options.workers
+    )
+
+    def take(count: int):
+        for _ in range(count):
+            next(batches)
+
+    seconds = measure({"batch": take}, options.rounds)["batch"]
+    batches.close()
+    rate = options.batch_size / seconds
+    return {"workers": options.workers, "cores": cpu_cores(), "images_per_second": rate}
+
+
+def write_photographs(folder: Path, count: int) -> None:
+    from sklearn.datasets import load_sample_images
+
+    rng = np.random.default_rng(0)
+    photographs = load_sample_images().images
+    for i in range(count):
+        photograph = Image.fromarray(photographs[i % len(photographs)])
+        left, top = (rng.integers(a - b, endpoint=True) for a, b in zip(photograph.size, SIZE))
+        picture = photograph.crop((left, top, left + SIZE[0], top + SIZE[1]))
+        if rng.random() < 0.5:
+            picture = ImageOps.mirror(picture)
+        picture.save(folder / f"{i:04}.jpg", quality=QUALITY)
+
+
+if __name__ == "__main__":
+    main(run, tyro.cli(Options, description=__doc__))

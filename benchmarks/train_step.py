@@ -1,0 +1,104 @@
+"""Speed and cost of a training step, as JSON.
+
+    python benchmarks/train_step.py --backbone vit_b16 --batch-size 8 --compare
+
+Images lie on the device already (`input_pipeline.py` measures how they get there). `--compare` runs
+`torch_reference.py` beside it, in turns, and adds `ratio`: ours over theirs, images per second.
+"""
+
+import dataclasses
+import statistics
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import tyro
+from common import Setting, main, turns
+from flax import nnx
+from ours import build, device, layer_flops, memory, noise, peak_flops
+
+from ttame_jax.losses import LossConfig
+from ttame_jax.mesh import data_mesh, replicate, shard_batch
+from ttame_jax.training.optimizer import OneCycle, one_cycle_sgd
+from ttame_jax.training.step import initial_state, make_train_step
+
+
+@dataclass(frozen=True)
+class Options(Setting):
+    compare: bool = False
+    """Whether to run the PyTorch reference beside it."""
+    compile: bool = False
+    """Whether that runs under torch.compile."""
+
+
+def run(options: Options) -> dict:
+    backbone, attention = build(options)
+    flops = model_flops(backbone, attention, options)
+    optimizer = one_cycle_sgd(OneCycle(1e-3, 10**6))
+    mesh = data_mesh()
+    step = make_train_step(backbone, attention, optimizer, mesh, backbone.masking, LossConfig())
+    state = replicate(initial_state(attention, optimizer), mesh)
+    backbone_state = replicate(nnx.state(backbone), mesh)
+    batch = shard_batch(jax.device_get(noise(options)), mesh)
+    compiled = step.lower(state, backbone_state, batch).compile()
+
+    def ours(count: int):
+        nonlocal state
+        for _ in range(count):
+            state, metrics = compiled(state, backbone_state, batch)
+        jax.block_until_ready((state, metrics))
+
+    sides = {"ours": ours}
+    if options.compare:
+        import torch_reference
+
+        fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(Setting)}
+        theirs = torch_reference.Options(**fields, compile=options.compile)
+        sides["torch"] = torch_reference.training(theirs)
+    times = turns(sides, options.rounds)
+    rates = {
+        name: options.batch_size / statistics.median(seconds) for name, seconds in times.items()
+    }
+
+    peak = peak_flops(options.precision)
+    result = {
+        **device(),
+        "images_per_second": rates["ours"],
+        "seconds_per_step": options.batch_size / rates["ours"],
+        "gflops_per_image": flops / 1e9,
+        "gflops_per_image_compiled": compiled_flops(compiled) / options.batch_size / 1e9,
+        "tflops_per_second": rates["ours"] * flops / 1e12,
+        "share_of_peak": rates["ours"] * flops / peak if peak else None,
+        **memory(compiled),
+    }
+    if options.compare:
+        result["torch_images_per_second"] = rates["torch"]
+        result["ratio"] = rates["ours"] / rates["torch"]
+        result["ratios"] = [theirs / ours for ours, theirs in zip(times["ours"], times["torch"])]
+    return result
+
+
+def model_flops(backbone, attention, options: Options) -> int:
+    """FLOPs that a step needs per image, by hand.
+
+    The classifier: a pass over the image, one over the masked image, and the gradient of that one
+    with respect to its input, which costs as much as the pass (its weights have no gradient).
+    The attention mechanism, for one class a map: a pass, and the gradients with respect to its
+    weights and its inputs, of which the frozen feature maps need none: counted as two passes more.
+    """
+    shape = (1, options.image_size, options.image_size, 3)
+    image = jax.ShapeDtypeStruct(shape, jnp.float32)
+    features = [
+        jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in backbone.feature_shapes()
+    ]
+    classes = jax.ShapeDtypeStruct((options.batch_size // jax.device_count(),), jnp.int32)
+    return 3 * layer_flops(backbone, image) + 3 * layer_flops(attention, features, classes)
+
+
+def compiled_flops(compiled: jax.stages.Compiled) -> float:
+    """The compiler's count of what it made, in all devices."""
+    return compiled.cost_analysis().get("flops", float("nan")) * jax.device_count()
+
+
+if __name__ == "__main__":
+    main(run, tyro.cli(Options, description=__doc__))
