@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-lowest clean
+.PHONY: demo test test-lowest bench clean
 
 demo: $(STAMP)
 	$(VENV)/bin/ttame demo --output demo
@@ -27,6 +27,11 @@ test-lowest:
 	.venv-lowest/bin/pip install --quiet -r .venv-lowest/versions.txt pytest
 	.venv-lowest/bin/python -m pytest tests/training/test_step.py tests/training/test_loop.py \
 		tests/test_explainer.py tests/test_cli.py tests/metrics/test_evaluation.py
+
+# Speed on this machine, written to docs/benchmarks.md; DEVICE=cuda or tpu for another device.
+DEVICE ?= cpu
+bench: $(STAMP)
+	$(VENV)/bin/python benchmarks/report.py --device $(DEVICE)
 
 clean:
 	rm -rf $(VENV) .venv-lowest demo

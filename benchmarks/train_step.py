@@ -83,8 +83,9 @@ def model_flops(backbone, attention, options: Options) -> int:
 
     The classifier: a pass over the image, one over the masked image, and the gradient of that one
     with respect to its input, which costs as much as the pass (its weights have no gradient).
-    The attention mechanism, for one class a map: a pass, and the gradients with respect to its
-    weights and its inputs, of which the frozen feature maps need none: counted as two passes more.
+    The attention mechanism, for the classes of a device's images: a pass, and the gradient with
+    respect to its weights, which costs as much (its inputs are frozen and need none, but for the
+    fusion's, whose small cost is left out).
     """
     shape = (1, options.image_size, options.image_size, 3)
     image = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -92,7 +93,7 @@ def model_flops(backbone, attention, options: Options) -> int:
         jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in backbone.feature_shapes()
     ]
     classes = jax.ShapeDtypeStruct((options.batch_size // jax.device_count(),), jnp.int32)
-    return 3 * layer_flops(backbone, image) + 3 * layer_flops(attention, features, classes)
+    return 3 * layer_flops(backbone, image) + 2 * layer_flops(attention, features, classes)
 
 
 def compiled_flops(compiled: jax.stages.Compiled) -> float:

@@ -14,7 +14,7 @@ from ttame_jax.losses import LossConfig, total_loss
 from ttame_jax.masking import mask_images, upsample
 from ttame_jax.mesh import replicate, shard_batch
 from ttame_jax.training.optimizer import OneCycle, one_cycle_sgd
-from ttame_jax.training.step import initial_state, make_train_step
+from ttame_jax.training.step import _compiler_options, initial_state, make_train_step
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
 
@@ -144,6 +144,18 @@ def test_the_loss_falls_and_parameters_stay_float32(dtype):
     assert float(metrics["loss"]) < 0.9 * first
     assert int(state.step) == 26
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((state.params, state.batch_stats)))
+
+
+def test_on_several_gpus_gradients_cross_early_unless_told_otherwise(monkeypatch):
+    option = "xla_gpu_enable_latency_hiding_scheduler"
+    one, two = (Mesh(np.array(jax.devices()[:count]), ("data",)) for count in (1, 2))
+    assert _compiler_options(two) is None
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert _compiler_options(one) is None
+    assert _compiler_options(two) == {option: True}
+    jax.jit(lambda x: x, compiler_options=_compiler_options(two))(1.0)  # the compiler knows it
+    monkeypatch.setenv("XLA_FLAGS", f"--{option}=false")
+    assert _compiler_options(two) is None
 
 
 def test_the_state_is_donated():

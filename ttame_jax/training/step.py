@@ -1,6 +1,7 @@
 """The compiled training step, data-parallel over one device mesh."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 
 import jax
@@ -93,4 +94,13 @@ def make_train_step(
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     step = jax.shard_map(local_step, mesh=mesh, in_specs=(P(), P(), P(AXIS)), out_specs=(P(), P()))
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=_compiler_options(mesh))
+
+
+def _compiler_options(mesh: Mesh) -> dict[str, bool] | None:
+    """Lets gradients cross GPUs while others are computed, unless XLA_FLAGS says whether to."""
+    option = "xla_gpu_enable_latency_hiding_scheduler"
+    given = option in os.environ.get("XLA_FLAGS", "")
+    if given or mesh.size == 1 or jax.default_backend() != "gpu":
+        return None
+    return {option: True}
