@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -48,13 +48,14 @@ class Options:
     """Number of images, explained as one batch."""
     rounds: int = 3
     """Timings of each, in turn; medians count."""
-    image_size: int = field(default=224, init=False)
+    image_size: int = 224
+    """Side of the images."""
     package: bool = True
     """Measure pytorch-grad-cam as well."""
 
 
 def main(options: Options) -> None:
-    backbone = load_backbone(options.backbone, options.weights)
+    backbone = load_backbone(options.backbone, options.weights, image_size=options.image_size)
     images = load_images(options)
     classes = np.asarray(nnx.jit(lambda backbone, x: backbone(x)[0].argmax(-1))(backbone, images))
     model = torch_model(backbone) if options.package else None

@@ -1,11 +1,14 @@
 """The one interface of every explanation method."""
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from ttame_jax.backbones import Backbone
+from ttame_jax.backbones.base import State
 
 FORWARD_BATCH = 32
 """Perturbed images that a device classifies at a time; memory grows with it and nothing else."""
@@ -50,6 +53,28 @@ class Method(nnx.Module):
 def explain(method: Method, images: jax.Array, classes: jax.Array) -> jax.Array:
     """A method's maps, compiled: ``[B, H, W, 3]`` in [0, 1], ``[B, K]`` -> ``[B, K, h, w]``."""
     return method(images, classes)
+
+
+def class_gradients(after: Callable[..., jax.Array], state: State, classes: jax.Array) -> jax.Array:
+    """Gradients of logits after a layer by the layer's output.
+
+    Args:
+      after: the backbone from the layer on, as ``Backbone.split`` gives it.
+      state: the layer's, its output ``[B, ...]`` first.
+      classes: ``[B, K]``, whose logits.
+
+    Returns:
+      ``[B, K, ...]`` float32.
+    """
+
+    def of_image(output, rest, classes):
+        def logits(output):
+            return after(tuple(x[None] for x in (output, *rest)), classes)[0]
+
+        return jax.jacrev(logits)(output)
+
+    output, *rest = state
+    return jax.vmap(of_image)(output, rest, classes).astype(jnp.float32)
 
 
 def chunk_size(perturbations: int, images: int) -> int:

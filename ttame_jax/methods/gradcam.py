@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ttame_jax.backbones import Backbone
-from ttame_jax.methods.base import Recipe, checked_recipe
+from ttame_jax.methods.base import Recipe, checked_recipe, class_gradients
 from ttame_jax.methods.cam import CAM
 
 
@@ -16,17 +16,14 @@ class GradCAM(CAM):
 
     def __call__(self, images: jax.Array, classes: jax.Array) -> jax.Array:
         before, after = self.split()
-        output, *rest = before(self.backbone.preprocessing.standardise(images))
-        logits, pullback = jax.vjp(lambda output: after((output, *rest)), output)
-        one_hot = jax.nn.one_hot(classes.T, logits.shape[-1], dtype=logits.dtype)  # [K, B, Cls]
-        (gradients,) = jax.vmap(pullback)(one_hot)
-        place = jax.vmap(self.backbone.feature_map)
-        gradients = place(gradients).astype(jnp.float32)  # [K, B, h, w, C]
-        activations = self.backbone.feature_map(output).astype(jnp.float32)
-        return self.combine(output, self.weights(activations, gradients).swapaxes(0, 1))
+        state = before(self.backbone.preprocessing.standardise(images))
+        place = self.backbone.feature_map
+        gradients = jax.vmap(place, in_axes=1, out_axes=1)(class_gradients(after, state, classes))
+        activations = place(state[0]).astype(jnp.float32)
+        return self.combine(state[0], self.weights(activations, gradients))
 
     def weights(self, activations: jax.Array, gradients: jax.Array) -> jax.Array:
-        """Activations ``[B, h, w, C]``, gradients ``[K, B, h, w, C]`` -> ``[K, B, C]``."""
+        """Activations ``[B, h, w, C]``, gradients ``[B, K, h, w, C]`` -> ``[B, K, C]``."""
         return gradients.mean((2, 3))
 
 
@@ -53,7 +50,7 @@ class GradCAMPlusPlus(GradCAM):
         self.epsilon = {"paper": 0.0, "reference": 1e-6}[checked_recipe(self.name, recipe)]
 
     def weights(self, activations: jax.Array, gradients: jax.Array) -> jax.Array:
-        total = activations.sum((1, 2), keepdims=True)
+        total = activations.sum((1, 2), keepdims=True)[:, None]
         squared = gradients**2
         denominator = 2 * squared + total * squared * gradients + self.epsilon
         alpha = squared / jnp.where(denominator == 0, 1, denominator)

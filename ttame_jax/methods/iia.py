@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ttame_jax.backbones import Backbone
 from ttame_jax.backbones.vit import ViT
 from ttame_jax.masking import min_max_scale
-from ttame_jax.methods.base import Method
+from ttame_jax.methods.base import Method, class_gradients
 from ttame_jax.methods.vit_blocks import (
     class_token_row,
     map_images,
@@ -101,15 +101,9 @@ class IIA(Method):
         paper = self.recipe == "paper"
         low = output.min(axis=(1, 2), keepdims=True) if paper else jnp.zeros_like(output)
 
-        def slopes(value, rest, classes):  # of one image's K logits: [K, h, w, C]
-            def logits(value):
-                return after(tuple(x[None] for x in (value, *rest)), classes)[0]
-
-            return jax.jacrev(logits)(value)
-
         def attributions(b):
             value = low + b.astype(low.dtype) * (output - low)
-            gradients = jax.vmap(slopes)(value, rest, classes)  # [B, K, h, w, C]
+            gradients = class_gradients(after, (value, *rest), classes)  # [B, K, h, w, C]
             weights = jax.nn.relu(output - low) * (value if paper else 1)
             return jnp.einsum("bhwc,bkhwc->bkhw", weights, gradients).astype(jnp.float32)
 
