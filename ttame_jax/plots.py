@@ -15,6 +15,21 @@ from ttame_jax.masking import upsample
 
 COLOUR_MAP = "turbo"
 
+# Okabe and Ito's colours, told apart by colour-blind readers; markers and dashes tell the lines
+# apart in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = "os^Dv<>P"
+DASHES = ("-", "--", "-.", ":")
+
+
+def line_style(i: int) -> dict[str, str]:
+    """Matplotlib's colour, marker and line style of the i-th line of a plot."""
+    return {
+        "color": COLOURS[i % len(COLOURS)],
+        "marker": MARKERS[i % len(MARKERS)],
+        "linestyle": DASHES[i % len(DASHES)],
+    }
+
 
 def heatmap(explanation_map: jax.typing.ArrayLike, size: tuple[int, int]) -> np.ndarray:
     """A map ``[h, w]`` in [0, 1] as colours: uint8 ``[*size, 3]``, blue (0) to red (1)."""

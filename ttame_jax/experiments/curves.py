@@ -9,13 +9,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ttame_jax.files import write_atomically
-from ttame_jax.plots import save_figure
+from ttame_jax.plots import line_style, save_figure
 
-# Okabe and Ito's colours, told apart by colour-blind readers; markers and dashes tell the lines
-# apart in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-MARKERS = "os^Dv<>P"
-DASHES = ("-", "--", "-.", ":")
 ORDERS = {"MoRF": "most relevant first (lower is better)", "LeRF": "least relevant first (higher)"}
 
 
@@ -61,9 +56,7 @@ def draw(lines: Mapping[str, Mapping]) -> Figure:
             axes.plot(
                 [int(percent) for percent in percentages],
                 [road[order][percent] for percent in percentages],
-                color=COLOURS[i % len(COLOURS)],
-                marker=MARKERS[i % len(MARKERS)],
-                linestyle=DASHES[i % len(DASHES)],
+                **line_style(i),
                 label=f"{name} ({road[order]['mean']:.1f})",
             )
         axes.set(title=f"{order}: {title}", xlabel="removed pixels, %", ylim=(0, None))

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,17 +23,19 @@ from ttame_jax.training.config import TrainConfig, load_config
 
 MaskingChoice = Literal["backbone", "pixel", "standardised"]
 
-Names = Annotated[
-    tuple[str, ...],
-    tyro.constructors.PrimitiveConstructorSpec(
+
+def listed(kind: Callable[[str], Any], metavar: str):
+    """How several values are given on the command line, with commas or spaces between them."""
+    return tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
-        metavar="NAME,...",
-        instance_from_str=lambda words: tuple(",".join(words).split(",")),
-        is_instance=lambda names: isinstance(names, tuple),
-        str_from_instance=lambda names: [",".join(names)],
-    ),
-]
-"""Names on the command line, with commas or spaces between them."""
+        metavar=metavar,
+        instance_from_str=lambda words: tuple(map(kind, " ".join(words).replace(",", " ").split())),
+        is_instance=lambda values: isinstance(values, tuple),
+        str_from_instance=lambda values: [",".join(map(str, values))],
+    )
+
+
+Names = Annotated[tuple[str, ...], listed(str, "NAME,...")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,40 +5,28 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import jax
-import tyro
 from etils import epath
 from matplotlib.figure import Figure
 
-from ttame_jax.experiments.curves import COLOURS, DASHES, MARKERS
+from ttame_jax.experiments.evaluate import listed
 from ttame_jax.files import write_atomically
-from ttame_jax.plots import save_figure
+from ttame_jax.plots import line_style, save_figure
 from ttame_jax.training.checkpoints import CHECKPOINT_FOLDER, score
 from ttame_jax.training.config import CONFIG_FILE, TrainConfig, command, load_config, preset
 from ttame_jax.training.log import say
 from ttame_jax.training.loop import settle, train
 
 
-def _numbers(kind: Callable[[str], float], metavar: str):
-    """How numbers are given on the command line, with commas or spaces between them."""
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar=metavar,
-        instance_from_str=lambda words: tuple(map(kind, " ".join(words).replace(",", " ").split())),
-        is_instance=lambda numbers: isinstance(numbers, tuple),
-        str_from_instance=lambda numbers: [",".join(map(str, numbers))],
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class Grid:
     """What is tried."""
 
-    rates: Annotated[tuple[float, ...], _numbers(float, "RATE,...")] = (
+    rates: Annotated[tuple[float, ...], listed(float, "RATE,...")] = (
         1e-4,
         3e-4,
         1e-3,
@@ -46,7 +34,7 @@ class Grid:
         1e-2,
     )
     """Peak rates, each in place of --learning-rate."""
-    epochs_grid: Annotated[tuple[int, ...], _numbers(int, "EPOCHS,...")] = ()
+    epochs_grid: Annotated[tuple[int, ...], listed(int, "EPOCHS,...")] = ()
     """Numbers of epochs, each a cycle of its own. By default there is one cycle of --epochs a rate,
     measured after each of them: all but the last are then of a cycle that goes on."""
 
@@ -61,9 +49,8 @@ class Point:
 
     @property
     def score(self) -> float:
-        """As of checkpoints; one whose training diverged is the worst."""
-        value = score(self.measured)
-        return value if math.isfinite(value) else -math.inf
+        """As of checkpoints."""
+        return score(self.measured)
 
 
 def lr_find(config: TrainConfig, grid: Grid) -> Point | None:
@@ -199,9 +186,7 @@ def draw(points: Sequence[Point]) -> Figure:
             )
             axes.plot(
                 *zip(*line),
-                color=COLOURS[i % len(COLOURS)],
-                marker=MARKERS[i % len(MARKERS)],
-                linestyle=DASHES[i % len(DASHES)],
+                **line_style(i),
                 label=str(epochs),
             )
         title = f"{measure}(15 %): {better} is better"

@@ -1,5 +1,6 @@
 """Orbax checkpoints of a run: the last ones and the best one by AD and IC at 15 %."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,8 +19,12 @@ LAST_KEPT = 2
 
 
 def score(metrics: Mapping[str, float]) -> float:
-    """What makes a checkpoint the best: high IC(15 %) and low AD(15 %), by their difference."""
-    return metrics["IC_15"] - metrics["AD_15"]
+    """What makes a checkpoint the best: high IC(15 %) and low AD(15 %), by their difference.
+
+    Minus infinity where training diverged.
+    """
+    difference = metrics["IC_15"] - metrics["AD_15"]
+    return difference if math.isfinite(difference) else -math.inf
 
 
 class Checkpoints:
