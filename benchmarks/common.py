@@ -61,19 +61,23 @@ def turns(
 ) -> dict[str, list[float]]:
     """The seconds of one repetition in every turn (see `measure`)."""
 
-    def timed(side, repetitions):
+    def timed(side, count):
         start = clock()
-        side(repetitions)
-        return (clock() - start) / repetitions
+        side(count)
+        return (clock() - start) / count
 
-    repetitions = {}
-    for name, side in sides.items():
+    def repetitions(side):
         timed(side, 1)  # compiles
-        repetitions[name] = max(1, round(TURN / max(timed(side, 1), 1e-6)))
+        count = 1
+        while (seconds := timed(side, count)) * count < TURN / 10:
+            count *= 10
+        return max(1, round(TURN / max(seconds, 1e-9)))
+
+    counts = {name: repetitions(side) for name, side in sides.items()}
     times = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
-            times[name].append(timed(side, repetitions[name]))
+            times[name].append(timed(side, counts[name]))
     return times
 
 
