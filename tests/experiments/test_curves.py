@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from ttame_jax.cli import main
+from ttame_jax.experiments.curves import draw
 
 TENS = [str(v) for v in range(10, 100, 10)]
 
@@ -49,3 +50,14 @@ def test_a_file_without_road_is_refused(tmp_path):
     path.write_text('{"method": "ttame", "AD": {}}')
     with pytest.raises(SystemExit, match="a.json has no ROAD figures"):
         main(["curves", str(path), "--output", str(tmp_path)])
+
+
+def test_no_line_leaves_the_picture():
+    def line(start):
+        return {"mean": start, **{v: start - int(v) / 2 for v in TENS}}
+
+    figure = draw({"ttame": {"MoRF": line(50), "LeRF": line(95)}})
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        assert low == 0
+        assert high > 90

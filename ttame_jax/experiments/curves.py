@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ttame_jax.experiments.tables import TITLES
 from ttame_jax.files import write_atomically
 from ttame_jax.plots import line_style, save_figure
 
@@ -57,12 +58,13 @@ def draw(lines: Mapping[str, Mapping]) -> Figure:
                 [int(percent) for percent in percentages],
                 [road[order][percent] for percent in percentages],
                 **line_style(i),
-                label=f"{name} ({road[order]['mean']:.1f})",
+                label=f"{TITLES.get(name, name)} ({road[order]['mean']:.1f})",
             )
-        axes.set(title=f"{order}: {title}", xlabel="removed pixels, %", ylim=(0, None))
+        axes.set(title=f"{order}: {title}", xlabel="removed pixels, %")
         axes.grid(alpha=0.3)
         axes.legend(title="mean", fontsize=8)
     figure.axes[0].set_ylabel("confidence, %")
+    figure.axes[0].set_ylim(bottom=0)  # of both, once both have their lines
     return figure
 
 
