@@ -34,7 +34,7 @@ def test_total_loss_and_gradients_equal_the_formula_in_pytorch(recipe):
     classes = np.array([3, 0, 9, 3])
 
     def loss(maps, logits):
-        return total_loss(maps, logits, jnp.asarray(classes), LossConfig(recipe))[0]
+        return total_loss(maps, losses.cross_entropy(logits, classes), LossConfig(recipe))[0]
 
     value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(maps, logits)
     torch_inputs = [torch.tensor(x, requires_grad=True) for x in (maps, logits)]
@@ -59,7 +59,8 @@ def test_terms_have_the_values_worked_out_by_hand():
 def test_loss_and_gradient_are_finite_for_constant_and_saturated_maps(recipe, value, dtype):
     def loss(class_maps):
         maps = jax.nn.sigmoid(class_maps)
-        return total_loss(maps, jnp.zeros((2, 3), dtype), jnp.array([0, 1]), LossConfig(recipe))[0]
+        entropies = losses.cross_entropy(jnp.zeros((2, 3), dtype), jnp.array([0, 1]))
+        return total_loss(maps, entropies, LossConfig(recipe))[0]
 
     result, gradient = jax.value_and_grad(loss)(jnp.full((2, 2, 4, 4), value, dtype))
     assert result.dtype == jnp.float32

@@ -1,6 +1,7 @@
 """The training loss, one function an equation (T-TAME, section III-C3).
 
-Explanation maps are Psi ``[..., H, W]`` in [0, 1]; every function returns a float32 scalar.
+Explanation maps are Psi ``[..., H, W]`` in [0, 1]; every function returns a float32 scalar, but
+`cross_entropy` one an image.
 """
 
 import dataclasses
@@ -15,9 +16,9 @@ _SMALLEST = 1e-12
 
 
 def cross_entropy(logits: jax.Array, classes: jax.Array) -> jax.Array:
-    """Mean cross-entropy of logits ``[B, Cls]`` against classes ``[B]`` (Eq. 11, first term)."""
+    """Cross-entropy ``[B]`` of logits ``[B, Cls]`` against classes ``[B]`` (Eq. 11, first term)."""
     logits = logits.astype(jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, classes).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(logits, classes)
 
 
 def area(maps: jax.Array, exponent: float) -> jax.Array:
@@ -77,19 +78,18 @@ class LossConfig:
 
 
 def total_loss(
-    maps: jax.Array, logits: jax.Array, classes: jax.Array, config: LossConfig
+    maps: jax.Array, entropies: jax.Array, config: LossConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss (Eq. 11, 15) and its unweighted terms.
 
     Args:
       maps: Psi ``[B, K, H, W]`` in [0, 1].
-      logits: ``[B, Cls]`` of the masked images.
-      classes: ``[B]``, the model truth.
+      entropies: ``[B]``, the masked images' `cross_entropy` against the model truth.
       config: recipe and weights.
     """
     area_term, variation_term = RECIPES[config.recipe]
     terms = {
-        "cross_entropy": cross_entropy(logits, classes),
+        "cross_entropy": entropies.mean(),
         "area": area_term(maps, config.area_exponent),
         "variation": variation_term(maps),
     }

@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 from tiny import TINY
 
 from ttame_jax.attention import AttentionMechanism
-from ttame_jax.backbones import load_backbone
-from ttame_jax.losses import LossConfig, total_loss
+from ttame_jax.backbones import base, load_backbone
+from ttame_jax.losses import LossConfig, cross_entropy, total_loss
 from ttame_jax.masking import mask_images, upsample
 from ttame_jax.mesh import replicate, shard_batch
 from ttame_jax.training.optimizer import OneCycle, one_cycle_sgd
@@ -53,12 +53,14 @@ def literal_loss(backbone, attention, images, masking, recipe):
     maps = jax.nn.sigmoid(attention(features, train=True))[:, classes]
     masks = upsample(maps[jnp.arange(len(images)), jnp.arange(len(images))], (32, 32))
     masked_logits, _ = backbone(mask_images(images, masks, preprocessing, masking))
-    return total_loss(maps, masked_logits, classes, LossConfig(recipe))
+    return total_loss(maps, cross_entropy(masked_logits, classes), LossConfig(recipe))
 
 
 @pytest.mark.parametrize("masking", ["pixel", "standardised"])
 @pytest.mark.parametrize("recipe", ["paper", "reference"])
-def test_a_step_follows_the_gradient_of_the_literal_loss(masking, recipe):
+@pytest.mark.parametrize("group", [8, 2])
+def test_a_step_follows_the_gradient_of_the_literal_loss(masking, recipe, group, monkeypatch):
+    monkeypatch.setattr(base, "CPU_PIXELS", group * 32 * 32)
     backbone, attention, state, run = setup(masking=masking, recipe=recipe)
     graph, params, stats = nnx.split(attention, nnx.Param, nnx.BatchStat)
 

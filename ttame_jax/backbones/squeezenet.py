@@ -78,7 +78,7 @@ class SqueezeNet(Backbone):
         self.feature_layers = ("stages.1.pool", "stages.2.pool", self.target_layer)
         options = {"dtype": self.dtype, "rngs": rngs}
         width, kernel = variant.stem_width, variant.stem_kernel
-        self.stem = Conv(3, width, (kernel, kernel), strides=2, padding="VALID", **options)
+        self.stem = Conv(3, width, (kernel, kernel), strides=2, **options)
         self.stages = nnx.List()
         for plan in variant.stages:
             stage = nnx.List()

@@ -58,7 +58,7 @@ class RISE(Method):
         def add(total, chunk):  # [B, K, H, W], numbers of masks [c]
             masks = self.random_masks(chunk, images.shape[1:3])
             masked = masks[:, None, ..., None].astype(images.dtype) * images
-            logits = self.backbone.classify(masked.reshape(-1, *images.shape[1:]))
+            logits, _ = self.backbone(masked.reshape(-1, *images.shape[1:]))
             probabilities = jax.nn.softmax(logits).reshape(*masked.shape[:2], -1)
             confidence = jnp.take_along_axis(probabilities, classes[None], axis=-1)
             return total + jnp.einsum("cbk,chw->bkhw", confidence, masks), None

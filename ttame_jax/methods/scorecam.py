@@ -44,7 +44,7 @@ class ScoreCAM(CAM):
         def score(channels):  # [c, B, h, w] -> [c, B, K]
             masks = min_max_scale(self.upsample(channels, images.shape[1:3]))
             masked = masks[..., None].astype(images.dtype) * images
-            logits = self.backbone.classify(masked.reshape(-1, *images.shape[1:]))
+            logits, _ = self.backbone(masked.reshape(-1, *images.shape[1:]))
             logits = logits.reshape(*masks.shape[:2], -1)
             return jnp.take_along_axis(logits, classes[None], axis=-1)
 

@@ -133,7 +133,7 @@ def measure(
     preprocessing = method.backbone.preprocessing
 
     def predict(standardised):
-        return jax.nn.softmax(method.backbone.classify(standardised))
+        return jax.nn.softmax(method.backbone(standardised)[0])
 
     standardised = preprocessing.standardise(images)
     probabilities = predict(standardised)

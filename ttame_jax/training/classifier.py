@@ -83,7 +83,7 @@ def _make_step(graph, rest, optimizer: optax.GradientTransformation, shift: int)
         def loss_fn(params):
             backbone = nnx.merge(graph, params, rest)
             inputs = backbone.preprocessing.standardise(images.astype(jnp.float32) / 255)
-            return cross_entropy(backbone(inputs)[0], labels)
+            return cross_entropy(backbone(inputs)[0], labels).mean()
 
         updates, opt_state = optimizer.update(jax.grad(loss_fn)(params), opt_state, params)
         return optax.apply_updates(params, updates), opt_state

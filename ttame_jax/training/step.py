@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import Backbone
-from ttame_jax.losses import LossConfig, total_loss
+from ttame_jax.backbones.base import in_groups
+from ttame_jax.losses import LossConfig, cross_entropy, total_loss
 from ttame_jax.masking import MaskingKind, mask_images, upsample
 from ttame_jax.mesh import AXIS
 
@@ -77,8 +78,7 @@ def make_train_step(
         own = jax.lax.dynamic_slice_in_dim(maps, first, len(classes), axis=1)
         masks = upsample(jnp.einsum("bbhw->bhw", own), images.shape[1:3])
         masked = mask_images(images, masks, classify.preprocessing, masking)
-        masked_logits, _ = classify(masked)
-        loss, terms = total_loss(maps, masked_logits, classes, loss_config)
+        loss, terms = total_loss(maps, _entropies(classify, masked, classes), loss_config)
         return loss, ({"loss": loss, **terms}, nnx.state(mechanism, nnx.BatchStat))
 
     def local_step(state: TrainState, backbone_state, images):
@@ -95,6 +95,34 @@ def make_train_step(
 
     step = jax.shard_map(local_step, mesh=mesh, in_specs=(P(), P(), P(AXIS)), out_specs=(P(), P()))
     return jax.jit(step, donate_argnums=0, compiler_options=_compiler_options(mesh))
+
+
+def _entropies(backbone: Backbone, images: jax.Array, classes: jax.Array) -> jax.Array:
+    """Cross-entropies [B] of standardised images [B, H, W, 3] against classes [B].
+
+    Their gradients are taken along with them, so that the classifier's activations are kept for
+    one group of images at a time.
+    """
+
+    def of_group(images, classes):
+        entropies, pull = jax.vjp(lambda x: cross_entropy(backbone(x)[0], classes), images)
+        return entropies, *pull(jnp.ones_like(entropies))
+
+    entropies, gradients = in_groups(of_group, jax.lax.stop_gradient(images), classes)
+    return _with_gradients(images, entropies, gradients)
+
+
+@jax.custom_vjp
+def _with_gradients(images, values, gradients):
+    """Values [B] of images [B, ...], each of which has the gradient [...] with its image."""
+    del images, gradients
+    return values
+
+
+_with_gradients.defvjp(
+    lambda images, values, gradients: (values, gradients),
+    lambda gradients, scales: (jax.vmap(jnp.multiply)(scales, gradients), None, None),
+)
 
 
 def _compiler_options(mesh: Mesh) -> dict[str, bool] | None:
