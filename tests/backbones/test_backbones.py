@@ -230,3 +230,8 @@ def test_convolutions_have_the_gradients_jax_gives_them(stride, size, kernel, pa
     gradient = jax.random.normal(jax.random.key(2), y.shape)
     for a, b in zip(pull(gradient), expected_pull(gradient), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_square_larger_than_the_resized_image_is_refused():
+    with pytest.raises(ValueError, match="no 224 pixels can be cut out of 200"):
+        Preprocessing(resize_size=200)

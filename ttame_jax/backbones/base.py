@@ -22,6 +22,9 @@ class Preprocessing:
 
     The shortest side is resized (antialiased) to `resize_size` pixels, a centre square of
     `image_size` pixels is cut out, scaled to [0, 1] and standardised per channel (RGB).
+
+    Raises:
+      ValueError: `resize_size` is smaller than `image_size`.
     """
 
     image_size: int = 224
@@ -29,6 +32,13 @@ class Preprocessing:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self):
+        if self.resize_size < self.image_size:
+            raise ValueError(
+                f"resize_size must be at least image_size: no {self.image_size} pixels can be cut "
+                f"out of {self.resize_size}"
+            )
 
     def standardise(self, images: jax.Array) -> jax.Array:
         """Images [..., 3] in [0, 1] -> (images - mean) / std, the same shape and dtype."""
