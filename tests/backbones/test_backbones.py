@@ -8,7 +8,7 @@ from flax import nnx
 
 from convert.weights import parameters
 from ttame_jax.backbones import Preprocessing, base, load_backbone
-from ttame_jax.backbones.layers import adaptive_average_pool, convolve
+from ttame_jax.backbones.layers import adaptive_average_pool
 
 TINY_VIT = {"image_size": 32, "patch_size": 8, "width": 24, "depth": 4, "num_heads": 3}
 # One small member of each family that initialises in no time.
@@ -210,26 +210,6 @@ def test_images_in_groups_give_what_they_give_all_at_once(name, count, monkeypat
     assert set(sizes) == {{1: 1, 6: 3, 7: 1}[count]}
     for a, b in zip(jax.tree.leaves(grouped), jax.tree.leaves(together), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6 * jnp.abs(b).max())
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("size,kernel,padding", [(9, 3, 1), (8, 3, 1), (11, 7, 3), (8, 5, 0)])
-def test_convolutions_have_the_gradients_jax_gives_them(stride, size, kernel, padding):
-    x = jax.random.normal(jax.random.key(0), (2, size, size + 1, 3))
-    weights = jax.random.normal(jax.random.key(1), (kernel, kernel, 3, 4))
-    strides, pads = (stride, stride), [(padding, padding)] * 2
-
-    def plain(x, weights):
-        return jax.lax.conv_general_dilated(
-            x, weights, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-
-    y, pull = jax.vjp(lambda *inputs: convolve(*inputs, strides, padding), x, weights)
-    expected, expected_pull = jax.vjp(plain, x, weights)
-    np.testing.assert_array_equal(y, expected)
-    gradient = jax.random.normal(jax.random.key(2), y.shape)
-    for a, b in zip(pull(gradient), expected_pull(gradient), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_a_square_larger_than_the_resized_image_is_refused():

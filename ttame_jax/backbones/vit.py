@@ -3,7 +3,7 @@ register tokens, no class token, LayerScale, CLIP's first LayerNorm."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import isqrt
+from math import isqrt, pi, sqrt
 from typing import Any, Literal
 
 import jax
@@ -97,8 +97,23 @@ def _has_cudnn_attention(qkv: jax.Array) -> bool:
     )
 
 
+@jax.custom_jvp
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU. Its derivative is written out because JAX 0.12 fails at the one of the error
+    function inside of `jax.shard_map`."""
+    return nnx.gelu(x, approximate=False)
+
+
+@gelu.defjvp
+def _gelu_jvp(primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    cumulative = 0.5 * jax.lax.erfc(-sqrt(0.5) * x)
+    density = jnp.exp(-0.5 * x * x) / sqrt(2 * pi)
+    return gelu(x), (cumulative + x * density) * tangent
+
+
 ACTIVATIONS = {
-    "gelu": lambda x: nnx.gelu(x, approximate=False),
+    "gelu": gelu,
     "quick_gelu": lambda x: x * nnx.sigmoid(1.702 * x),
 }
 
