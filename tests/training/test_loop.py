@@ -13,7 +13,7 @@ from tiny import TINY
 
 from ttame_jax import load_explainer
 from ttame_jax.losses import LossConfig
-from ttame_jax.training.checkpoints import load_attention
+from ttame_jax.training.checkpoints import load_attention, save_attention
 from ttame_jax.training.config import TrainConfig, load_config
 from ttame_jax.training.loop import train
 from ttame_jax.training.models import build_attention, build_backbone
@@ -153,6 +153,13 @@ def test_a_folder_with_a_run_of_other_settings_is_refused(config):
     other = dataclasses.replace(config, learning_rate=0.5, loss=LossConfig("reference"))
     with pytest.raises(ValueError, match="--learning-rate was 0.01.*choose another --output"):
         train(other)
+
+
+def test_a_run_that_was_trained_elsewhere_is_not_trained_on(config):
+    save_attention(config.output, build_attention(config, build_backbone(config)), step=5)
+    config.save()
+    with pytest.raises(ValueError, match="run was made from another program's .* another --output"):
+        train(config)
 
 
 @pytest.mark.parametrize(

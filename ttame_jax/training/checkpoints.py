@@ -81,10 +81,19 @@ class Checkpoints:
         """The last checkpoint's state, on the given one's devices, and its place in the data.
 
         Without a checkpoint it is the given one, and None.
+
+        Raises:
+          ValueError: the checkpoint comes from elsewhere (`save_attention`).
         """
         step = self._manager.latest_step()
         if step is None:
             return state, None
+        if not (self._manager.directory / str(step) / "optimizer").exists():
+            raise ValueError(
+                f"{self._manager.directory.parent} was made from another program's checkpoint, "
+                "which can be explained with and evaluated but not trained on: choose another "
+                "--output"
+            )
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
