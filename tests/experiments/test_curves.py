@@ -10,10 +10,11 @@ from ttame_jax.experiments.curves import draw
 TENS = [str(v) for v in range(10, 100, 10)]
 
 
-def figures(path, method, start):
+def figures(path, method, start, images=8):
     values = {v: start - int(v) / 2 for v in TENS}
     curve = {"mean": sum(values.values()) / 9, **values}
-    path.write_text(json.dumps({"method": method, "ROAD": {"MoRF": curve, "LeRF": curve}}))
+    road = {"MoRF": curve, "LeRF": curve}
+    path.write_text(json.dumps({"method": method, "images": images, "ROAD": road}))
     return str(path)
 
 
@@ -39,6 +40,15 @@ def test_curves_are_drawn_and_their_numbers_written(tmp_path, capsys):
     assert "ttame, gradcam" in capsys.readouterr().out
 
 
+def test_a_method_measured_on_fewer_images_says_so():
+    road = {order: {"mean": 50.0, **dict.fromkeys(TENS, 50.0)} for order in ("MoRF", "LeRF")}
+    lines = {
+        name: {"method": name, "images": n, "ROAD": road} for name, n in (("iia", 8), ("rise", 5))
+    }
+    legend = draw(lines).axes[0].get_legend().get_texts()
+    assert [text.get_text() for text in legend] == ["IIA: 50.0", "RISE (5 images): 50.0"]
+
+
 def test_two_runs_of_a_method_are_named_by_their_files(tmp_path, capsys):
     files = [figures(tmp_path / f"{name}.json", "ttame", 80) for name in ("paper", "reference")]
     main(["curves", *files, "--output", str(tmp_path)])
@@ -56,7 +66,8 @@ def test_no_line_leaves_the_picture():
     def line(start):
         return {"mean": start, **{v: start - int(v) / 2 for v in TENS}}
 
-    figure = draw({"ttame": {"MoRF": line(50), "LeRF": line(95)}})
+    road = {"MoRF": line(50), "LeRF": line(95)}
+    figure = draw({"ttame": {"method": "ttame", "images": 8, "ROAD": road}})
     for axes in figure.axes:
         low, high = axes.get_ylim()
         assert low == 0

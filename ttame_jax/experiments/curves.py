@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ttame_jax.experiments.tables import TITLES
+from ttame_jax.experiments.tables import titles
 from ttame_jax.files import write_atomically
 from ttame_jax.plots import line_style, save_figure
 
@@ -35,7 +35,7 @@ def curves(figures: Sequence[Path], output: Path) -> None:
 
 
 def _read(paths: Sequence[Path]) -> dict[str, dict]:
-    """``{name: {"MoRF": {"10": ...}, "LeRF": ...}}``."""
+    """``{name: figures}``, the name as their method, too."""
     if not paths:
         raise ValueError("no figures given: ttame curves FIGURES.json... --output DIR")
     contents = [json.loads(path.read_text()) for path in paths]
@@ -45,21 +45,17 @@ def _read(paths: Sequence[Path]) -> dict[str, dict]:
     methods = [content["method"] for content in contents]
     unique = len(set(methods)) == len(methods)
     names = methods if unique else [path.stem for path in paths]
-    return {name: content["ROAD"] for name, content in zip(names, contents)}
+    return {name: content | {"method": name} for name, content in zip(names, contents)}
 
 
 def draw(lines: Mapping[str, Mapping]) -> Figure:
-    """MoRF and LeRF side by side."""
+    """MoRF and LeRF side by side, of ``{name: figures}``."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, (order, title) in zip(figure.subplots(1, 2, sharey=True), ORDERS.items()):
-        for i, (name, road) in enumerate(lines.items()):
-            percentages = [key for key in road[order] if key != "mean"]
-            axes.plot(
-                [int(percent) for percent in percentages],
-                [road[order][percent] for percent in percentages],
-                **line_style(i),
-                label=f"{TITLES.get(name, name)} ({road[order]['mean']:.1f})",
-            )
+        for i, (title, line) in enumerate(zip(titles(list(lines.values())), lines.values())):
+            road = dict(line["ROAD"][order])
+            label = f"{title}: {road.pop('mean'):.1f}"
+            axes.plot([int(v) for v in road], list(road.values()), **line_style(i), label=label)
         axes.set(title=f"{order}: {title}", xlabel="removed pixels, %")
         axes.grid(alpha=0.3)
         axes.legend(title="mean", fontsize=8)
@@ -72,9 +68,10 @@ def table(lines: Mapping[str, Mapping]) -> str:
     """The curves' numbers as CSV: a line a method and order."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    columns = list(next(iter(lines.values()))["MoRF"])
+    columns = list(next(iter(lines.values()))["ROAD"]["MoRF"])
     writer.writerow(["method", "order", *columns])
-    for name, road in lines.items():
+    for name, line in lines.items():
         for order in ORDERS:
-            writer.writerow([name, order, *(f"{road[order][key]:.3f}" for key in columns)])
+            values = line["ROAD"][order]
+            writer.writerow([name, order, *(f"{values[key]:.3f}" for key in columns)])
     return buffer.getvalue()

@@ -78,12 +78,13 @@ def _cells(figures: Sequence[Mapping], rows: Sequence[Row], cell: Cell) -> list[
     return [*body, ["FP↓", *(str(one["forward_passes"]) for one in figures)]]
 
 
-def _titles(figures: Sequence[Mapping]) -> list[str]:
+def titles(figures: Sequence[Mapping]) -> list[str]:
+    """The methods' names, with their number of images where it is less than the others'."""
     most = max(one["images"] for one in figures)
-    titles = [TITLES.get(one["method"], one["method"]) for one in figures]
+    names = [TITLES.get(one["method"], one["method"]) for one in figures]
     return [
-        title if one["images"] == most else f"{title} ({one['images']} images)"
-        for title, one in zip(titles, figures)
+        name if one["images"] == most else f"{name} ({one['images']} images)"
+        for name, one in zip(names, figures)
     ]
 
 
@@ -91,7 +92,7 @@ def markdown(figures: Sequence[Mapping], rows: Sequence[Row]) -> str:
     """The best value of a line is bold, the second underlined."""
     marks = {0: "**{}**", 1: "<u>{}</u>"}
     body = _cells(figures, rows, lambda value, rank: marks.get(rank, "{}").format(value))
-    head = [["measure", *_titles(figures)], ["---"] * (len(figures) + 1)]
+    head = [["measure", *titles(figures)], ["---"] * (len(figures) + 1)]
     return "".join("| " + " | ".join(line) + " |\n" for line in [*head, *body])
 
 
@@ -99,7 +100,7 @@ def comma_separated(figures: Sequence[Mapping], rows: Sequence[Row]) -> str:
     """Plain values."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["measure", *_titles(figures)])
+    writer.writerow(["measure", *titles(figures)])
     writer.writerows(_cells(figures, rows, lambda value, rank: value))
     return buffer.getvalue()
 
@@ -108,7 +109,7 @@ def latex(figures: Sequence[Mapping], rows: Sequence[Row]) -> str:
     """A tabular; the best value of a line is bold, the second underlined."""
     marks = {0: r"\textbf{%s}", 1: r"\underline{%s}"}
     body = _cells(figures, rows, lambda value, rank: marks.get(rank, "%s") % value)
-    lines = [["Measure", *_titles(figures)], *body]
+    lines = [["Measure", *titles(figures)], *body]
     text = [" & ".join(line).translate(_LATEX) + r" \\" for line in lines]
     columns = "l" + "r" * len(figures)
     return "\n".join(
