@@ -45,7 +45,9 @@ def test_a_method_measured_on_fewer_images_says_so():
     lines = {
         name: {"method": name, "images": n, "ROAD": road} for name, n in (("iia", 8), ("rise", 5))
     }
-    legend = draw(lines).axes[0].get_legend().get_texts()
+    axes = draw(lines).axes[0]
+    assert axes.get_title() == "MoRF: most relevant first (lower is better)"
+    legend = axes.get_legend().get_texts()
     assert [text.get_text() for text in legend] == ["IIA: 50.0", "RISE (5 images): 50.0"]
 
 

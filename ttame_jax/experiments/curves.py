@@ -52,9 +52,9 @@ def draw(lines: Mapping[str, Mapping]) -> Figure:
     """MoRF and LeRF side by side, of ``{name: figures}``."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, (order, title) in zip(figure.subplots(1, 2, sharey=True), ORDERS.items()):
-        for i, (title, line) in enumerate(zip(titles(list(lines.values())), lines.values())):
+        for i, (name, line) in enumerate(zip(titles(list(lines.values())), lines.values())):
             road = dict(line["ROAD"][order])
-            label = f"{title}: {road.pop('mean'):.1f}"
+            label = f"{name}: {road.pop('mean'):.1f}"
             axes.plot([int(v) for v in road], list(road.values()), **line_style(i), label=label)
         axes.set(title=f"{order}: {title}", xlabel="removed pixels, %")
         axes.grid(alpha=0.3)
