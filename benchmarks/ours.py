@@ -1,7 +1,10 @@
 """T-TAME of this project under a benchmark's setting: its models, FLOPs, memory and device."""
 
+import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from math import prod
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from ttame_jax import AttentionMechanism, Backbone, load_backbone
+from ttame_jax.backbones import base
 
 # Dense FLOPs a second of one chip, as its vendor states them; float32 is TF32 on NVIDIA's, which
 # is what XLA uses there by default.
@@ -43,6 +47,12 @@ def build(setting: Setting) -> tuple[Backbone, AttentionMechanism]:
         rngs=nnx.Rngs(0),
     )
     return backbone, attention
+
+
+def all_at_once() -> contextlib.AbstractContextManager:
+    """On a CPU, too, what is traced in here takes a whole batch at a time: of a loop over groups of
+    images the compiler counts one turn."""
+    return mock.patch.object(base, "CPU_PIXELS", sys.maxsize)
 
 
 def noise(setting: Setting) -> jax.Array:
@@ -100,7 +110,8 @@ def _jaxpr_flops(jaxpr: Jaxpr) -> int:
             places = prod(shapes[1][axis] for axis in kernel[1:])
             total += 2 * prod(shapes[-1]) * places
         else:
-            total += sum(map(_jaxpr_flops, _inner(equation.params.values())))
+            turns = equation.params.get("length", 1)  # of a loop
+            total += turns * sum(map(_jaxpr_flops, _inner(equation.params.values())))
     return total
 
 

@@ -130,3 +130,10 @@ def test_batch_sizes_that_do_not_fit_are_passed_over(monkeypatch):
     rates = {"8": {"images_per_second": 5.0}, "16": {"images_per_second": 7.0}, "32": {"error": ""}}
     monkeypatch.setattr(report, "benchmark", lambda name, *flags: rates[flags[-1]])
     assert report.fastest([], (8, 16, 32)) == 16
+
+
+def test_flops_of_a_loop_count_at_every_turn():
+    def products(x):
+        return jax.lax.map(lambda row: row @ jnp.ones((3, 4)), x)
+
+    assert ours.layer_flops(products, jnp.ones((5, 2, 3))) == 5 * 2 * 2 * 3 * 4
