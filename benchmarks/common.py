@@ -37,7 +37,7 @@ class Setting:
     """Measurements of each thing, in turns; the median counts."""
 
 
-def measure(
+def median_seconds(
     sides: Mapping[str, Callable[[int], Any]],
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
@@ -59,7 +59,7 @@ def turns(
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """The seconds of one repetition in every turn (see `measure`)."""
+    """The seconds of one repetition in every turn (see `median_seconds`)."""
 
     def timed(side, count):
         start = clock()

@@ -12,11 +12,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import tyro
-from common import Setting, main, measure
+from common import Setting, main, median_seconds
 from flax import nnx
 from ours import build, device, layer_flops, noise
 
-from ttame_jax.explainer import explain
+from ttame_jax.methods import TTAME
+from ttame_jax.preprocessing import to_float
 
 
 def run(setting: Setting) -> dict:
@@ -31,13 +32,13 @@ def timed(setting: Setting) -> dict:
     """Seconds a batch of each kind of pass, images a second, and their ratios."""
     backbone, attention = build(setting)
     graphs, states = zip(*map(nnx.split, (backbone, attention)))
-    images = noise(setting) / jnp.float32(255)
+    images = to_float(noise(setting))
 
     def classify(states, images):
         return nnx.merge(graphs[0], states[0])(backbone.preprocessing.standardise(images))
 
     def explain_classes(states, images, classes):
-        return explain(*map(nnx.merge, graphs, states), images, classes)
+        return TTAME(*map(nnx.merge, graphs, states)).explain(images, classes)
 
     every = jnp.arange(backbone.num_classes)
     passes = {
@@ -46,7 +47,7 @@ def timed(setting: Setting) -> dict:
         "one_class": (explain_classes, states, images, None),
         "all_classes": (explain_classes, states, images, every),
     }
-    seconds = measure(
+    seconds = median_seconds(
         {name: repeated(*arguments) for name, arguments in passes.items()}, setting.rounds
     )
     bare = min(seconds["logits"], seconds["logits_and_features"])
@@ -62,7 +63,7 @@ def timed(setting: Setting) -> dict:
 
 
 def repeated(function, *arguments):
-    """The compiled function as a side of `measure`."""
+    """The compiled function as a side of `median_seconds`."""
     compiled = jax.jit(function).lower(*arguments).compile()
 
     def side(count: int):

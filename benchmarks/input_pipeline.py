@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from common import Setting, cpu_cores, main, measure
+from common import Setting, cpu_cores, main, median_seconds
 from PIL import Image, ImageOps
 
 from ttame_jax.data import Source, load_source, train_batches
@@ -69,7 +69,7 @@ def timed(source: Source, options: Options) -> dict:
         items = cycle(items)
         return lambda count: [function(next(items)) for _ in range(count)]
 
-    seconds = measure(
+    seconds = median_seconds(
         {
             "read": over(indices, source.__getitem__),
             "decode": over(encoded, lambda data: decode(data, shortest)),
@@ -105,7 +105,7 @@ def loader(source: Source, preprocessing, options: Options) -> dict:
         for _ in range(count):
             next(batches)
 
-    seconds = measure({"batch": take}, options.rounds)["batch"]
+    seconds = median_seconds({"batch": take}, options.rounds)["batch"]
     batches.close()
     rate = options.batch_size / seconds
     return {"workers": options.workers, "cores": cpu_cores(), "images_per_second": rate}

@@ -24,12 +24,13 @@ from flax import nnx
 sys.path.insert(0, str(Path(__file__).parents[1]))  # also without installing the project
 
 from benchmarks.road import load_images
-from convert.modules import module_config, nodes
-from convert.torch_import import import_torchvision
-from convert.weights import to_torch
-from ttame_jax.backbones import Backbone, load_backbone
+from ttame_jax.backbones import Backbone, family_of
+from ttame_jax.convert.modules import module_config
+from ttame_jax.convert.pytorch.torch_import import import_torchvision
 from ttame_jax.masking import min_max_scale, upsample
 from ttame_jax.methods import Method, load_method
+from ttame_jax.weights import load_backbone
+from ttame_jax.weights.transfer import to_torch
 
 CAMS = ("gradcam", "gradcam++", "scorecam", "ablationcam")
 RECIPES = {"gradcam++": {"recipe": "reference"}, "scorecam": {"recipe": "reference"}}
@@ -121,7 +122,7 @@ def torch_model(backbone: Backbone):
     import_torchvision()
     import torch
 
-    from convert.standalone import create_backbone
+    from ttame_jax.convert.standalone import create_backbone
 
     model = create_backbone(module_config(backbone, "torchvision"))
     tensors = to_torch(backbone, "torchvision")
@@ -147,17 +148,17 @@ def package_cam(name: str, model, backbone: Backbone) -> Callable:
                 self.activations[i, :, self.indices[i]] = 0
             return self.activations
 
-    vit = type(backbone).__name__ == "ViT"
+    tokens = backbone.prefix_tokens > 0
     cls = {
         "gradcam": package.GradCAM,
         "gradcam++": package.GradCAMPlusPlus,
         "scorecam": package.ScoreCAM,
         "ablationcam": package.AblationCAM,
     }[name]
-    options = {"reshape_transform": _as_places} if vit else {}
+    options = {"reshape_transform": _as_places} if tokens else {}
     if name == "ablationcam":
-        options["ablation_layer"] = Zeroed() if vit else AblationLayer()
-    layer = model.get_submodule(target_node(backbone))
+        options["ablation_layer"] = Zeroed() if tokens else AblationLayer()
+    layer = model.get_submodule(family_of(backbone).torchvision.target_node(backbone))
 
     def run(images, classes):
         targets = [ClassifierOutputTarget(int(label)) for label in classes]
@@ -165,17 +166,6 @@ def package_cam(name: str, model, backbone: Backbone) -> Callable:
             return cam(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), targets)
 
     return run
-
-
-def target_node(backbone: Backbone) -> str:
-    """torchvision's name of the default target layer."""
-    last = nodes(backbone, "torchvision")[-1]
-    family = type(backbone).__name__
-    if family == "ResNet":
-        return f"{last}.{backbone.variant.depths[-1] - 1}"
-    if family == "VGG":  # the layer before the last max-pool
-        return f"features.{int(last.rpartition('.')[2]) - 1}"
-    return last + ".ln_1" if family == "ViT" else last
 
 
 def _as_places(tokens):

@@ -12,8 +12,7 @@ from common import Setting
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from ttame_jax import AttentionMechanism, Backbone, load_backbone
-from ttame_jax.backbones import base
+from ttame_jax import AttentionMechanism, Backbone, compilers, load_backbone
 
 # Dense FLOPs a second of one chip, as its vendor states them; float32 is TF32 on NVIDIA's, which
 # is what XLA uses there by default.
@@ -52,7 +51,7 @@ def build(setting: Setting) -> tuple[Backbone, AttentionMechanism]:
 def all_at_once() -> contextlib.AbstractContextManager:
     """On a CPU, too, what is traced in here takes a whole batch at a time: of a loop over groups of
     images the compiler counts one turn."""
-    return mock.patch.object(base, "CPU_PIXELS", sys.maxsize)
+    return mock.patch.object(compilers, "CPU_PIXELS", sys.maxsize)
 
 
 def noise(setting: Setting) -> jax.Array:

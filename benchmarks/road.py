@@ -24,11 +24,11 @@ from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # also without installing the project
 
-from convert.torch_import import import_torchvision
-from ttame_jax.backbones import Preprocessing
+from ttame_jax.convert.pytorch.torch_import import import_torchvision
 from ttame_jax.metrics.imputation import noisy_linear_imputation, relative_residual
 from ttame_jax.metrics.road import PROTOCOLS, remove_first
 from ttame_jax.metrics.selection import pixel_count, relevance_rank
+from ttame_jax.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import contextlib
 from dataclasses import dataclass
 
 import tyro
-from common import Setting, main, measure
+from common import Setting, main, median_seconds
 
-from convert.torch_import import import_torchvision
+from ttame_jax.convert.pytorch.torch_import import import_torchvision
 
 torchvision = import_torchvision()
 
@@ -168,7 +168,7 @@ def training(options: Options):
 
 
 def run(options: Options) -> dict:
-    seconds = measure({"torch": training(options)}, options.rounds)["torch"]
+    seconds = median_seconds({"torch": training(options)}, options.rounds)["torch"]
     result = {"images_per_second": options.batch_size / seconds, "seconds_per_step": seconds}
     if options.device == "cuda":
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()

@@ -1,1 +1,1 @@
-"""Presets of `ttame train`, one backbone a file: each says what differs from the defaults."""
+"""Presets of `ttame train`, one file per backbone. Each lists the differences from the defaults."""

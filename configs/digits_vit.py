@@ -5,7 +5,7 @@ ttame train --backbone digits_vit --weights digits_vit.safetensors
 
 from pathlib import Path
 
-from ttame_jax.training.config import TrainConfig
+from ttame_jax.config import TrainConfig
 
 CONFIG = TrainConfig(
     backbone="digits_vit",

@@ -5,6 +5,6 @@ python train.py --backbone resnet50
 
 from pathlib import Path
 
-from ttame_jax.training.config import TrainConfig
+from ttame_jax.config import TrainConfig
 
 CONFIG = TrainConfig(backbone="resnet50", output=Path("runs/resnet50"))

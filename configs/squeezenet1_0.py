@@ -1,11 +1,11 @@
-"""SqueezeNet 1.0, started from its own head: with few images the paper's start learns too little.
+"""SqueezeNet 1.0, initialised from its head: the paper's random start needs more images.
 
 python train.py --backbone squeezenet1_0
 """
 
 from pathlib import Path
 
-from ttame_jax.training.config import TrainConfig
+from ttame_jax.config import TrainConfig
 
 CONFIG = TrainConfig(
     backbone="squeezenet1_0",

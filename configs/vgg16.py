@@ -5,6 +5,6 @@ python train.py --backbone vgg16
 
 from pathlib import Path
 
-from ttame_jax.training.config import TrainConfig
+from ttame_jax.config import TrainConfig
 
 CONFIG = TrainConfig(backbone="vgg16", output=Path("runs/vgg16"))

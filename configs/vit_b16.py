@@ -5,6 +5,6 @@ python train.py --backbone vit_b16
 
 from pathlib import Path
 
-from ttame_jax.training.config import TrainConfig
+from ttame_jax.config import TrainConfig
 
 CONFIG = TrainConfig(backbone="vit_b16", output=Path("runs/vit_b16"))

@@ -1,1 +1,4 @@
-"""PyTorch <-> Flax, both ways: the only rooms that know PyTorch's names or import torch."""
+"""Conversion between PyTorch and Flax, in both directions.
+
+The package is installed as `ttame_jax.convert`. It is the only one that imports PyTorch.
+"""

@@ -1,6 +1,5 @@
-"""A run or a backbone as PyTorch files: state dicts, the authors' checkpoint, a module, ONNX."""
+"""Exports a run as PyTorch files: state dicts, the authors' checkpoint, a module, ONNX."""
 
-import dataclasses
 import json
 import logging
 import pprint
@@ -11,37 +10,25 @@ from typing import Any
 
 from ttame_jax.attention import VARIANTS, AttentionMechanism
 from ttame_jax.backbones import Backbone
-from ttame_jax.training.checkpoints import load_attention
-from ttame_jax.training.config import TrainConfig, load_config
-from ttame_jax.training.models import build_attention, build_backbone
+from ttame_jax.files import Tensors, new_folder, write_safetensors
+from ttame_jax.runs import load_run
+from ttame_jax.weights.transfer import export, layouts, to_torch
 
-from .files import INSTALL, Tensors, torch_state, whole_folder, write_safetensors
-from .layouts import attention_table
-from .modules import libraries, module_config
-from .reference import (
+from .authors import (
+    attention_state,
+    attention_table,
+    hyper_parameters,
     lightning_checkpoint,
     obstacle,
-    reference_attention,
-    reference_hyper_parameters,
 )
-from .torch_import import import_torchvision
-from .weights import export, layouts, to_torch
-
-
-def load_run(
-    run: Path, weights: str | None = None
-) -> tuple[TrainConfig, Backbone, AttentionMechanism, int]:
-    """A run's configuration, its two modules and the step of its best checkpoint."""
-    config = load_config(run)
-    if weights is not None:
-        config = dataclasses.replace(config, weights=weights)
-    backbone = build_backbone(config)
-    attention = build_attention(config, backbone)
-    return config, backbone, attention, load_attention(run, attention)
+from .modules import libraries, module_config
+from .pytorch import INSTALL
+from .pytorch.checkpoints import torch_state
+from .pytorch.torch_import import import_torchvision
 
 
 def run_to_torch(
-    run: Path,
+    run_dir: Path,
     output: Path,
     *,
     library: str | None = None,
@@ -52,41 +39,42 @@ def run_to_torch(
     """Writes a run as PyTorch files into a new folder.
 
     Args:
-      run: the run's folder.
-      output: the folder, made here.
-      library: torchvision or timm, that the module builds its backbone with; by default the
+      run_dir: the run's folder.
+      output: the folder, created here.
+      library: torchvision or timm, with which the module builds its backbone; by default the
         first that has it.
-      module: whether to write `explainer.py` and `explainer.pt` too.
-      onnx: whether to write `explainer.onnx` too.
-      weights: of the backbone, where they are no longer where the run found them.
+      module: whether to write also `explainer.py` and `explainer.pt`.
+      onnx: whether to write also `explainer.onnx`.
+      weights: of the backbone, if they are no longer where the run found them.
 
     Returns:
-      a line for each file, and for each that cannot be written.
+      One line for each file, and for each that cannot be written.
 
     Raises:
-      ValueError: the output is there, or no library has the backbone.
+      ValueError: the output exists, or no library has the backbone.
     """
-    config, backbone, attention, step = load_run(run, weights)
-    hyper_parameters = reference_hyper_parameters(config, backbone)
-    state = reference_attention(backbone, attention, step)
-    said = []
-    with whole_folder(output) as folder:
-        metadata = {"format": "pt", "hyper_parameters": json.dumps(hyper_parameters)}
+    run = load_run(run_dir, weights)
+    backbone, attention = run.backbone, run.attention
+    settings = hyper_parameters(run.config, backbone)
+    state = attention_state(backbone, attention, run.step)
+    lines = []
+    with new_folder(output) as folder:
+        metadata = {"format": "pt", "hyper_parameters": json.dumps(settings)}
         write_safetensors(folder / "attention.safetensors", state, metadata)
-        said.append("attention.safetensors: the attention under the authors' names")
-        if reason := obstacle(config, backbone):
-            said.append(f"no attention.ckpt, which the authors' code could not load: {reason}")
+        lines.append("attention.safetensors: the attention under the authors' names")
+        if reason := obstacle(run.config, backbone):
+            lines.append(f"no attention.ckpt, because the authors' code cannot load it: {reason}")
         else:
-            checkpoint = lightning_checkpoint(hyper_parameters, backbone, state, step)
+            checkpoint = lightning_checkpoint(settings, backbone, state, run.step)
             _save(checkpoint, folder / "attention.ckpt")
-            said.append("attention.ckpt: attention and backbone as the authors' code loads them")
+            lines.append("attention.ckpt: attention and backbone as the authors' code loads them")
         for layout in layouts(backbone):
             name = f"backbone.{layout}.safetensors"
             write_safetensors(folder / name, to_torch(backbone, layout), {"format": "pt"})
-            said.append(f"{name}: the backbone in {layout}'s layout")
+            lines.append(f"{name}: the backbone in {layout}'s layout")
         if module or onnx:
-            said += _write_module(folder, backbone, attention, library, module, onnx)
-    return said
+            lines += _write_module(folder, backbone, attention, library, module, onnx)
+    return lines
 
 
 def _write_module(
@@ -105,7 +93,7 @@ def _write_module(
         (folder / "explainer.py").write_text(source)
         state = explainer_state(backbone, attention, config["library"])
         _save(torch_state(state), folder / "explainer.pt")
-        yield f"explainer.py, explainer.pt: a module that needs torch and {config['library']} alone"
+        yield f"explainer.py, explainer.pt: a module that needs only torch and {config['library']}"
     if onnx:
         export_onnx(torch_explainer(backbone, attention, config), config, folder / "explainer.onnx")
         yield "explainer.onnx: images [B, 3, H, W] in [0, 1] to logits and the predicted maps"
@@ -117,7 +105,7 @@ def explainer_config(
     """CONFIG of the standalone module (see `convert/standalone.py`).
 
     Raises:
-      ValueError: the library, or neither, has the backbone.
+      ValueError: the library does not have the backbone, or none has.
     """
     known = libraries(backbone)
     if library is None and not known:
@@ -147,7 +135,7 @@ def explainer_state(backbone: Backbone, attention: AttentionMechanism, library: 
 
 
 def torch_explainer(backbone: Backbone, attention: AttentionMechanism, config: dict[str, Any]):
-    """The standalone module with its weights, in this process."""
+    """The standalone module with its weights."""
     import_torchvision()
     from .standalone import Explainer
 
@@ -157,10 +145,10 @@ def torch_explainer(backbone: Backbone, attention: AttentionMechanism, config: d
 
 
 def export_onnx(explainer, config: dict[str, Any], path: Path) -> None:
-    """Writes the module for any number of images: `images` to `logits` and `maps`.
+    """Writes the module as ONNX for any batch size: `images` to `logits` and `maps`.
 
     Raises:
-      ImportError: torch's exporter lacks the packages it needs.
+      ImportError: onnx or onnxscript is not installed.
     """
     import torch
 

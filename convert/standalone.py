@@ -1,13 +1,13 @@
 """Explanation maps of an image classifier in one forward pass: T-TAME in PyTorch.
 
-This file, its weights, PyTorch and the classifier's library (see CONFIG) are all that is needed:
+It needs only this file, its weights, PyTorch and the classifier's library (see CONFIG):
 
     explainer = load("explainer.pt")
-    logits, maps = explainer(images)               # of each image's predicted class
-    logits, maps = explainer(images, classes)      # of classes [B, K]
+    logits, maps = explainer(images)               # maps of the predicted classes
+    logits, maps = explainer(images, classes)      # maps of classes [B, K]
 
-Images are [B, 3, H, W] in [0, 1], not standardised; maps are [B, K, h, w] in [0, 1], to be
-resized to the image by bilinear interpolation.
+Images are [B, 3, H, W] in [0, 1], not standardised. Maps are [B, K, h, w] in [0, 1]. Resize them to
+the image by bilinear interpolation.
 """
 
 import math
@@ -20,7 +20,7 @@ CONFIG: dict = {}
 
 
 class Attention(nn.Module):
-    """Feature maps to class maps: a branch for each feature map, and their fusion.
+    """Computes class maps from feature maps, with a branch for each and their fusion.
 
     A branch is `up(activation(BatchNorm(Conv1x1(features)) + features))`.
     """
@@ -61,7 +61,7 @@ class Explainer(nn.Module):
         super().__init__()
         self.backbone = create_backbone(config)
         self.attention = Attention(**config["attention"])
-        # The attention reads the last of the classifier's feature maps, most often all three.
+        # The attention reads the last feature maps of the classifier, usually all three.
         self.nodes = config["nodes"][-len(config["attention"]["channels"]) :]
         self.prefix_tokens = config["prefix_tokens"]
         for name in ("mean", "std"):
@@ -94,7 +94,7 @@ class Explainer(nn.Module):
         return logits, [self.spatial(feature) for feature in found]
 
     def spatial(self, feature):
-        """A ViT's tokens [B, prefix + N, C] as a grid [B, C, h, w]; a CNN's maps as they are."""
+        """A ViT's tokens [B, prefix + N, C] as a grid [B, C, h, w]; a CNN's maps unchanged."""
         if feature.ndim == 4:
             return feature
         patches = feature[:, self.prefix_tokens :]
@@ -103,13 +103,13 @@ class Explainer(nn.Module):
 
 
 def min_max_scale(maps):
-    """Each map [..., h, w] scaled to [0, 1]; a constant map becomes zero."""
+    """Scales each map [..., h, w] to [0, 1]. A constant map becomes zero."""
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
     return (maps - low) / torch.where(high > low, high - low, torch.ones_like(high))
 
 
 def create_backbone(config):
-    """The classifier as its library builds it, without weights."""
+    """Builds the classifier with its library, without weights."""
     if config["library"] == "timm":
         import timm
 
@@ -120,7 +120,7 @@ def create_backbone(config):
 
 
 def load(weights, config=CONFIG):
-    """The explainer with the weights of a file."""
+    """Loads the explainer with the weights of a file."""
     explainer = Explainer(config)
     explainer.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return explainer

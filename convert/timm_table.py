@@ -1,9 +1,9 @@
-"""Writes docs/timm.md: which of timm's VGGs, ResNets and ViTs work here, each one tried.
+"""Writes docs/timm.md: which of timm's models work here.
 
-    python -m convert.timm_table
+    python -m ttame_jax.convert.timm_table
 
-Every model is described, and its tensors compared by name and shape. Those of up to `--limit`
-million parameters are also computed in both libraries, with random weights.
+The tensors of every model are compared by name and shape. Models of up to `--limit` million
+parameters are also run in both libraries, with random weights.
 """
 
 import functools
@@ -15,30 +15,29 @@ import tyro
 from flax import nnx
 from tqdm import tqdm
 
-from ttame_jax.backbones import load_backbone
+from ttame_jax.backbones import FAMILIES
 from ttame_jax.files import write_atomically
+from ttame_jax.weights import load_backbone
+from ttame_jax.weights.timm_models import UnsupportedModel, describe
+from ttame_jax.weights.transfer import fill, parameters, to_flax, to_torch
 
-from .files import numpy_state
-from .timm_models import create, describe
-from .torch_import import import_torchvision
+from .pytorch.checkpoints import numpy_state
+from .pytorch.timm import create
+from .pytorch.torch_import import import_torchvision
 from .verify import differences
-from .weights import fill, parameters, to_flax, to_torch
-
-MODULES = ("vgg", "resnet", "vision_transformer", "deit")
-"""timm's files of the families that are built here."""
 
 HEADER = """# timm's models
 
 `load_backbone("timm:MODEL", "timm")` takes timm's model with its own preprocessing and weights;
 `python train.py --backbone timm:MODEL` trains on it. This page is written by
-`python -m convert.timm_table` (timm {version}), which tries every VGG, ResNet and ViT that timm
-lists.
+`python -m ttame_jax.convert.timm_table` (timm {version}), which tries every model in timm's source
+files {files}.
 
-"Differs by" is the largest difference of logits and feature maps between timm and this project,
-as a share of the largest value, in float32 with random weights on one random image. Models
-without a figure are larger than {limit:g} million parameters: their tensors agree by name and
-shape. A few (`crop_mode` squash) were trained on images squashed into a square; here, as for all
-others, the centre square is cut out.
+"Difference" is the largest difference of logits and feature maps between timm and this project,
+relative to the largest value, in float32 with random weights on one random image. Models without
+a figure have more than {limit:g} million parameters; their tensors agree by name and shape. A few
+models (`crop_mode` squash) were trained on images squashed into a square. Here the centre square
+is cropped, as for all others.
 """
 
 
@@ -47,37 +46,38 @@ def main(output: Path = Path("docs/timm.md"), limit: float = 30) -> None:
 
     Args:
       output: The file to write.
-      limit: Compute models of up to so many million parameters.
+      limit: Largest size of the models to run, in million parameters.
     """
     import_torchvision()
     import timm
 
-    names = sorted({name for module in MODULES for name in timm.list_models(module=module)})
+    files = [file for family in FAMILIES if family.timm for file in family.timm.files]
+    names = sorted({name for file in files for name in timm.list_models(module=file)})
     supported, refused = [], {}
     for name in tqdm(names):
         try:
             config = describe(name)
-        except ValueError as error:
-            reason = str(error).partition("not supported: ")[2].partition(" (VGGs")[0]
-            refused.setdefault(reason, []).append(name)
+        except UnsupportedModel as error:
+            refused.setdefault("it " + ", it ".join(error.reasons), []).append(name)
             continue
         millions, difference = _try(name, config, limit)
         size = config["preprocessing"]["image_size"]
         supported.append(f"| {name} | {millions:.1f} | {size} | {difference} |")
-    text = HEADER.format(version=timm.__version__, limit=limit) + tables(supported, refused)
+    text = HEADER.format(version=timm.__version__, limit=limit, files=", ".join(files))
+    text += tables(supported, refused)
     write_atomically(output, text)
 
 
 def tables(supported: list[str], refused: dict[str, list[str]]) -> str:
-    """Rows of the models that work; names of those that do not, by the reason."""
+    """A table of the supported models, and the names of the others by reason."""
     count = sum(map(len, refused.values()))
     lines = [
         f"\n## Supported: {len(supported)}\n",
-        "| model | million parameters | input | differs by |",
+        "| model | million parameters | input | difference |",
         "|---|---|---|---|",
         *supported,
         f"\n## Not supported: {count}\n",
-        "| because | models |",
+        "| reason | models |",
         "|---|---|",
         *(f"| {reason} | {', '.join(names)} |" for reason, names in refused.items()),
     ]
@@ -85,7 +85,7 @@ def tables(supported: list[str], refused: dict[str, list[str]]) -> str:
 
 
 def _try(name: str, config: dict, limit: float) -> tuple[float, str]:
-    """Million parameters of a model, and its difference from timm's where it is computed."""
+    """Million parameters of a model, and its difference from timm's if it is run."""
     backbone = nnx.eval_shape(functools.partial(load_backbone, f"timm:{name}", **config))
     count = sum(math.prod(value.shape) for value in parameters(backbone).values()) / 1e6
     if count > limit:
@@ -94,12 +94,12 @@ def _try(name: str, config: dict, limit: float) -> tuple[float, str]:
     fill(backbone, to_flax(backbone, state))
     back = to_torch(backbone, "timm")
     if any(not np.array_equal(back[key], value) for key, value in state.items()):
-        raise ValueError(f"{name} does not come back as it went")
+        raise ValueError(f"{name} changes on the way to Flax and back")
     return count, f"{max(differences(backbone, None, 'timm', 1).values()):.1e}"
 
 
 def randomise(module, seed: int = 0):
-    """Weights that keep the activations' scale, and non-trivial biases, norms and statistics."""
+    """Sets random weights that keep the activations' scale, with non-trivial biases and norms."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)

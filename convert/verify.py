@@ -1,4 +1,4 @@
-"""Do PyTorch and this project compute the same? Maximum differences on random images."""
+"""Compares this project with PyTorch: maximum differences on random images."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,14 +8,16 @@ import numpy as np
 from flax import nnx
 
 from ttame_jax.attention import AttentionMechanism
-from ttame_jax.backbones import Backbone, load_backbone
-from ttame_jax.explainer import explain
+from ttame_jax.backbones import Backbone
+from ttame_jax.methods import TTAME
+from ttame_jax.runs import load_run
+from ttame_jax.weights import load_backbone
 
-from .export import explainer_config, load_run, torch_explainer
+from .export import explainer_config, torch_explainer
 from .modules import libraries
 
 CLASSES = 3
-"""Maps compared for each image: of its likeliest classes."""
+"""Number of the most probable classes whose maps are compared."""
 
 
 def verify(
@@ -32,20 +34,21 @@ def verify(
       target: a run's folder, or a backbone's name.
       weights: of the backbone; a run's own by default.
       library: torchvision or timm; by default each that has the backbone.
-      tolerance: largest difference allowed, of logits and features as a share of the largest
-        value, of maps (in [0, 1]) as it is.
-      images: how many random images.
+      tolerance: largest difference allowed, relative to the largest value for logits and
+        features, absolute for maps (in [0, 1]).
+      images: number of random images.
 
     Yields:
-      a line for each library.
+      One line for each library.
 
     Raises:
-      ValueError: a difference is above the tolerance, or no library has the backbone.
+      ValueError: a difference exceeds the tolerance, or no library has the backbone.
     """
     if Path(target).is_dir():
-        _, backbone, attention, _ = load_run(Path(target), weights)
+        run = load_run(Path(target), weights)
+        backbone, attention = run.backbone, run.attention
     elif "/" in target:
-        raise FileNotFoundError(f"no run {target}")
+        raise FileNotFoundError(f"there is no run {target}")
     else:
         backbone, attention = load_backbone(target, weights), None
     known = [library] if library else libraries(backbone)
@@ -69,28 +72,28 @@ def differences(
     """Maximum differences from the library's module with the same weights, on random images.
 
     Returns:
-      of logits and features as a share of the largest value; of maps as they are.
+      Relative to the largest value for logits and features; absolute for maps.
     """
     import torch
 
     shown = attention is not None
-    if attention is None:  # any will do to have the features read
+    if attention is None:  # any mechanism reads the features
         channels = [shape[-1] for shape in backbone.feature_shapes()]
         attention = AttentionMechanism(channels, backbone.num_classes, rngs=nnx.Rngs(0))
     module = torch_explainer(backbone, attention, explainer_config(backbone, attention, library))
     images = random_images(backbone.preprocessing.image_size, count)
     with jax.default_matmul_precision("highest"):
         logits, features = _forward(backbone, images)
-        ours = _explain(backbone, attention, images)
+        ours = _explain(TTAME(backbone, attention), images)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     standardised = (pixels - module.mean) / module.std
     with torch.no_grad():
         their_logits, their_features = module.features(standardised)
         _, maps = module(pixels, torch.from_numpy(np.array(ours.classes, np.int64)))
-    found = {"logits": _share(logits, their_logits.numpy())}
+    found = {"logits": _relative(logits, their_logits.numpy())}
     read = features[attention.first_layer :]
     for i, (feature, theirs) in enumerate(zip(read, their_features, strict=True), 1):
-        found[f"features {i}"] = _share(feature, theirs.permute(0, 2, 3, 1).numpy())
+        found[f"features {i}"] = _relative(feature, theirs.permute(0, 2, 3, 1).numpy())
     if shown:
         found["maps"] = float(np.abs(np.asarray(ours.maps) - maps.numpy()).max())
     return found
@@ -102,12 +105,11 @@ def _forward(backbone, images):
 
 
 @nnx.jit
-def _explain(backbone, attention, images):
-    likeliest = min(CLASSES, backbone.num_classes)
-    return explain(backbone, attention, images, likeliest=likeliest)
+def _explain(method, images):
+    return method.explain(images, likeliest=min(CLASSES, method.backbone.num_classes))
 
 
-def _share(ours, theirs: np.ndarray) -> float:
+def _relative(ours, theirs: np.ndarray) -> float:
     return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
 
 

@@ -7,18 +7,17 @@ import pytest
 from flax import nnx
 from tiny import TINY
 
-from ttame_jax import AttentionMechanism, Explainer, load_backbone, load_explainer
-from ttame_jax.training.config import TrainConfig
-from ttame_jax.training.loop import train
+from ttame_jax import TTAME, AttentionMechanism, Explainer, load_backbone, load_explainer
+from ttame_jax.config import TrainConfig
+from ttame_jax.experiments.train import train
 
 IMAGES = np.random.default_rng(0).uniform(size=(3, 32, 32, 3)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def explainer():
-    return Explainer(
-        load_backbone("vit", **TINY), AttentionMechanism([32] * 3, 5, rngs=nnx.Rngs(0))
-    )
+    attention = AttentionMechanism([32] * 3, 5, rngs=nnx.Rngs(0))
+    return Explainer(TTAME(load_backbone("vit", **TINY), attention))
 
 
 def test_the_predicted_class_is_explained_by_default(explainer):
@@ -49,7 +48,7 @@ def test_every_way_to_ask_for_classes_gives_the_same_maps(explainer):
 
 def test_maps_are_scaled_before_the_sigmoid(explainer):
     _, features = explainer.backbone(explainer.backbone.preprocessing.standardise(IMAGES))
-    class_maps = explainer.attention(features)
+    class_maps = explainer.method.attention(features)
     low, high = (f(class_maps, (2, 3), keepdims=True) for f in (jnp.min, jnp.max))
     expected = (class_maps - low) / (high - low)
     np.testing.assert_allclose(explainer(IMAGES, "all").maps, expected, atol=1e-5)
@@ -77,7 +76,7 @@ def test_bad_input_is_refused_in_one_line(explainer, images, classes, message):
 
 
 def test_load_explainer_says_what_is_missing(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no run: config.json is missing"):
+    with pytest.raises(FileNotFoundError, match="is not a run: config.json is missing"):
         load_explainer(tmp_path)
     config = TrainConfig(backbone="vit", backbone_config=TINY, weights=None, output=tmp_path)
     config.save()
@@ -86,7 +85,7 @@ def test_load_explainer_says_what_is_missing(tmp_path):
 
 
 def test_load_explainer_takes_weights_that_have_moved(pictures, tmp_path):
-    from ttame_jax.backbones import save_backbone
+    from ttame_jax.weights import save_backbone
 
     save_backbone(load_backbone("vit", **TINY), tmp_path / "weights.safetensors")
     config = TrainConfig(

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from ttame_jax.backbones import Preprocessing
 from ttame_jax.masking import mask_images, min_max_scale, upsample
+from ttame_jax.preprocessing import Preprocessing
 
 
 def test_min_max_scale_spans_0_to_1_per_map():

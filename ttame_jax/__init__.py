@@ -1,16 +1,25 @@
 """T-TAME: explanation maps for frozen image classifiers in one forward pass."""
 
 from ttame_jax.attention import AttentionMechanism
-from ttame_jax.backbones import Backbone, Preprocessing, list_backbones, load_backbone
-from ttame_jax.explainer import Explainer, Explanation, load_explainer
+from ttame_jax.backbones import Backbone
+from ttame_jax.explainer import Explainer
+from ttame_jax.methods import TTAME, Explanation, Method, list_methods, load_method
+from ttame_jax.preprocessing import Preprocessing
+from ttame_jax.runs import load_explainer
+from ttame_jax.weights import list_backbones, load_backbone, save_backbone
 
 __all__ = [
+    "TTAME",
     "AttentionMechanism",
     "Backbone",
     "Explainer",
     "Explanation",
+    "Method",
     "Preprocessing",
     "list_backbones",
+    "list_methods",
     "load_backbone",
     "load_explainer",
+    "load_method",
+    "save_backbone",
 ]

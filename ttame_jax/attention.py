@@ -1,14 +1,14 @@
 """The attention mechanism: feature branches and fusion (T-TAME, Fig. 3).
 
 Two identities make it cheap. A 1x1 convolution commutes with bilinear upsampling, since the
-weights of every upsampled pixel sum to 1: fusion runs at each branch's own resolution, and what
-is upsampled is class maps, not channels. And one class's map needs one column of the fusion
-kernel: only the classes asked for are ever computed.
+weights of every upsampled pixel sum to 1. Fusion therefore runs at each branch's own resolution,
+and class maps are upsampled instead of channels. The map of one class needs one column of the
+fusion kernel, so only the requested classes are computed.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,45 +19,39 @@ from ttame_jax.masking import upsample
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """An architecture of Table VI, or L-CAM-Img."""
+    """An architecture of the attention mechanism (Table VI), or L-CAM-Img."""
 
     skip: bool = True
     batch_norm: bool = True
     activation: Literal["relu", "sigmoid"] = "relu"
-    layers: int | None = None  # only the last so many feature maps; None is all of them
-    branches: bool = True  # False: the feature maps go straight into the fusion
-    class_wide: bool = False  # branches have a channel a class, not one a channel of their input
+    layers: int | None = None  # how many of the last feature maps it reads; None is all
+    branches: bool = True  # False: the fusion reads the feature maps directly
+    class_wide: bool = False  # branches have one channel per class, not per input channel
 
 
 VARIANTS = {
     "ttame": Variant(),
     "no_skip": Variant(skip=False),
-    "no_skip_reference": Variant(skip=False, class_wide=True),  # as the authors' code has it
+    "no_skip_reference": Variant(skip=False, class_wide=True),  # as in the authors' code
     "no_skip_no_batch_norm": Variant(skip=False, batch_norm=False),
     "sigmoid": Variant(activation="sigmoid"),
     "two_layers": Variant(layers=2),
     "one_layer": Variant(layers=1),
     "lcam": Variant(layers=1, branches=False),
 }
-VariantName = Literal[
-    "ttame",
-    "no_skip",
-    "no_skip_reference",
-    "no_skip_no_batch_norm",
-    "sigmoid",
-    "two_layers",
-    "one_layer",
-    "lcam",
-]
+if TYPE_CHECKING:
+    VariantName = str
+else:
+    VariantName = Literal[tuple(VARIANTS)]
 
 
-# Mean length of a class's weights when they start from the classifier's head: feature maps of unit
-# deviation then give class maps that use the whole of the sigmoid without saturating it.
+# Mean norm of the weights of a class when they start from the classifier's head. Feature maps of
+# unit deviation then give class maps that use the range of the sigmoid without saturating it.
 _START_NORM = 4.0
 
 
 def conv1x1(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
-    """A 1x1 convolution with bias, initialised as PyTorch does; channels-last, it is a matmul."""
+    """A 1x1 convolution with bias on channels-last inputs, with PyTorch's initialisation."""
     bound = inputs**-0.5
     return nnx.Linear(
         inputs,
@@ -72,9 +66,9 @@ def conv1x1(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.
 class BatchNorm(nnx.Module):
     """Batch normalisation over all axes but the last, with PyTorch's running statistics.
 
-    eps is 1e-5; a running average takes a tenth of the new value, which for the variance is the
-    unbiased one (Flax's own keeps the biased one). Statistics are computed in float32, of the
-    device's own part of the batch, or of the whole batch over the mesh axis that is named.
+    Epsilon is 1e-5. A running average takes a tenth of the new value, which is the unbiased one
+    for the variance (Flax's own BatchNorm keeps the biased one). Statistics are computed in
+    float32, from the device's part of the batch, or from the whole batch if a mesh axis is named.
     """
 
     epsilon = 1e-5
@@ -106,7 +100,7 @@ class BatchNorm(nnx.Module):
 
 
 def _mean(values: jax.Array, axis_name: str | None) -> jax.Array:
-    """Mean of every channel ``[..., C]``, over the devices too where their axis is named."""
+    """Mean of every channel ``[..., C]``, also over the devices if their axis is named."""
     mean = values.mean(tuple(range(values.ndim - 1)))
     return jax.lax.pmean(mean, axis_name) if axis_name else mean
 
@@ -131,17 +125,17 @@ class FeatureBranch(nnx.Module):
 
 
 class AttentionMechanism(nnx.Module):
-    """Feature maps to class maps (Fig. 3): the only part of T-TAME that is trained.
+    """Computes class maps from feature maps (Fig. 3). The only part of T-TAME that is trained.
 
     Args:
-      channels: of the backbone's feature maps, earliest first.
-      num_classes: of the backbone's classifier.
+      channels: number of channels of each feature map of the backbone, earliest first.
+      num_classes: number of classes of the backbone.
       variant: a name in ``VARIANTS``; the paper's proposed architecture by default.
       dtype: of the computation; parameters and class maps are float32.
       rngs: for the initial parameters.
 
     Raises:
-      ValueError: if the variant is unknown.
+      ValueError: unknown variant.
     """
 
     def __init__(
@@ -182,10 +176,10 @@ class AttentionMechanism(nnx.Module):
         """Class maps before the activation.
 
         Args:
-          features: ``[B, H_i, W_i, C_i]`` each, as the backbone gives them.
-          classes: ``[K]``, the same for every image, or ``[B, K]``; None is all of them, in order.
-          train: whether batch statistics normalise (and move the running ones).
-          axis_name: of the mesh axis over which those statistics are taken; None is each device
+          features: ``[B, H_i, W_i, C_i]`` each, as the backbone returns them.
+          classes: ``[K]``, the same for every image, or ``[B, K]``; None is all classes in order.
+          train: whether to normalise with batch statistics and update the running ones.
+          axis_name: the mesh axis over which those statistics are computed; None is each device
             by itself.
 
         Returns:
@@ -213,16 +207,17 @@ class AttentionMechanism(nnx.Module):
         return total
 
     def start_from_head(self, class_weights: jax.Array) -> None:
-        """Makes the class maps those of CAM: the classifier's own weights on its last feature map.
+        """Initialises the class maps to those of CAM, from the weights of the classifier's head.
 
-        Branches start as ``ReLU(L)``: their BatchNorms' scales are zero (as He et al. start
-        residual branches, arXiv:1812.01187), and earlier feature maps have no weight yet.
+        Branches start as ``ReLU(L)`` because the scales of their BatchNorms are zero (as for the
+        residual branches of He et al., arXiv:1812.01187). Earlier feature maps start with zero
+        weights.
 
         Args:
-          class_weights: ``[C, Cls]`` for the last feature map, as ``Backbone.class_weights``.
+          class_weights: ``[C, Cls]`` for the last feature map (``Backbone.class_weights``).
 
         Raises:
-          ValueError: for a variant whose branches cannot start as the identity.
+          ValueError: the branches of the variant cannot start as the identity.
         """
         for branch in self.branches:
             settings = branch.settings

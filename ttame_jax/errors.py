@@ -1,4 +1,4 @@
-"""What a command line shows of errors and warnings."""
+"""How the command line reports errors."""
 
 import contextlib
 import os
@@ -9,10 +9,10 @@ import absl.logging
 
 @contextlib.contextmanager
 def one_line_errors(program: str):
-    """Ends the program with one line for a mistake of its user, and exit status 1.
+    """Exits with a one-line message and status 1 if the body raises a user error.
 
-    With ``TTAME_TRACEBACK`` set the error is shown as Python does. Orbax's warnings, of opening
-    checkpoints only to read, are not shown.
+    If ``TTAME_TRACEBACK`` is set, the traceback is shown instead. Orbax's warnings about read-only
+    checkpoints are suppressed.
     """
     absl.logging.set_verbosity(absl.logging.ERROR)
     try:

@@ -1,94 +1,62 @@
-"""Backbone and attention mechanism together: explanation maps in one forward pass."""
+"""Explains images with a method, compiled and with checked arguments."""
 
-import dataclasses
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import Backbone
-from ttame_jax.masking import min_max_scale
+from ttame_jax.methods import Explanation, Method
 
 Classes = int | str | np.ndarray | jax.Array | None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-    """Explanation maps of B images for K classes each."""
-
-    maps: jax.Array
-    """``[B, K, H_e, W_e]`` float32 in [0, 1], at the largest feature map's resolution."""
-    classes: jax.Array
-    """``[B, K]`` int32: what each map explains."""
-    probabilities: jax.Array
-    """``[B, K]`` float32: the classifier's confidence in each of them."""
-
-
-def explain(
-    backbone: Backbone,
-    attention: AttentionMechanism,
-    images: jax.Array,
-    classes: jax.Array | None = None,
-    likeliest: int = 1,
-) -> Explanation:
-    """Explains images ``[B, H, W, 3]`` in [0, 1]: the pure function behind ``Explainer``.
-
-    Maps are min-max scaled before any sigmoid (section III-D). Classes are ``[B, K]``, or ``[K]``
-    for all images alike; None is each image's `likeliest` ones, most probable first.
-    """
-    logits, features = backbone(backbone.preprocessing.standardise(images))
-    if classes is None:
-        classes = jax.lax.top_k(logits, likeliest)[1]
-    maps = min_max_scale(attention(features, classes))
-    classes = jnp.broadcast_to(classes, maps.shape[:2])
-    probabilities = jnp.take_along_axis(jax.nn.softmax(logits), classes, axis=1)
-    return Explanation(maps, classes, probabilities)
-
-
-@functools.partial(jax.jit, static_argnames=("graphs", "likeliest"))
-def _explain(graphs, states, images, classes, likeliest):
-    backbone, attention = map(nnx.merge, graphs, states)
-    return explain(backbone, attention, images, classes, likeliest)
+@functools.partial(jax.jit, static_argnames=("graph", "likeliest"))
+def _explain(graph, state, images, classes, likeliest):
+    return nnx.merge(graph, state).explain(images, classes, likeliest)
 
 
 class Explainer:
-    """A classifier with its trained attention mechanism.
+    """Explains images with a method.
 
     Args:
-      backbone: the frozen classifier.
-      attention: the mechanism trained on its feature maps.
+      method: T-TAME (`ttame_jax.methods.TTAME`) or any other method.
+
+    Attributes:
+      method: the method.
+      backbone: the classifier it explains.
     """
 
-    def __init__(self, backbone: Backbone, attention: AttentionMechanism):
-        self.backbone = backbone
-        self.attention = attention
-        self._graphs, self._states = zip(*map(nnx.split, (backbone, attention)))
+    def __init__(self, method: Method):
+        self.method = method
+        self._graph, self._state = nnx.split(method)
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.method.backbone
 
     def __call__(self, images: jax.typing.ArrayLike, classes: Classes = None) -> Explanation:
-        """Explains images in one forward pass of the classifier.
+        """Explains images.
 
         Args:
-          images: ``[B, H, W, 3]`` in [0, 1] (not standardised), of the size that
-            ``backbone.preprocessing`` names, or any other that the backbone takes.
-          classes: whose maps: None is the predicted class, an int one class for all images, an
-            array ``[B, K]`` each image's own, ``"all"`` every class in order, ``"top5"`` (or
-            another number) the most probable ones.
+          images: ``[B, H, W, 3]`` in [0, 1] (not standardised), of the size in
+            ``backbone.preprocessing``, or any other that the backbone takes.
+          classes: the classes to explain. None is the predicted class, an int one class for all
+            images, an array ``[B, K]`` the classes of each image, ``"all"`` every class in order,
+            ``"top5"`` (or another number) the most probable ones.
 
         Raises:
-          ValueError: if images are not ``[B, H, W, 3]`` floats in [0, 1], or a class is not one of the
-            classifier's.
+          ValueError: the images are not floats ``[B, H, W, 3]`` in [0, 1], or a class is not one of
+            the classifier's.
         """
         images = _checked_images(images)
         if isinstance(classes, str):
             wanted, likeliest = self._named_classes(classes)
         else:
             wanted, likeliest = self._checked_classes(classes, len(images)), 1
-        return _explain(self._graphs, self._states, images, wanted, likeliest)
+        return _explain(self._graph, self._state, images, wanted, likeliest)
 
     def _named_classes(self, name: str) -> tuple[jax.Array | None, int]:
         count = self.backbone.num_classes
@@ -131,26 +99,3 @@ def _checked_images(images: jax.typing.ArrayLike) -> jax.Array:
             "divide uint8 images by 255, and do not standardise them"
         )
     return images
-
-
-def load_explainer(run_dir: str | Path, weights: str | None = None) -> Explainer:
-    """Loads the explainer that a training run made, at its best checkpoint.
-
-    Args:
-      run_dir: the run's ``--output`` folder.
-      weights: of the backbone, where they are no longer where the run found them.
-
-    Raises:
-      FileNotFoundError: if the folder is no run, or has no checkpoint yet.
-    """
-    from ttame_jax.training.checkpoints import load_attention
-    from ttame_jax.training.config import load_config
-    from ttame_jax.training.models import build_attention, build_backbone
-
-    config = load_config(run_dir)
-    if weights is not None:
-        config = dataclasses.replace(config, weights=weights)
-    backbone = build_backbone(config)
-    attention = build_attention(config, backbone)
-    load_attention(config.output, attention)
-    return Explainer(backbone, attention)

@@ -1,11 +1,11 @@
-"""The training loss, one function an equation (T-TAME, section III-C3).
+"""The training loss, one function per equation (T-TAME, section III-C3).
 
-Explanation maps are Psi ``[..., H, W]`` in [0, 1]; every function returns a float32 scalar, but
-`cross_entropy` one an image.
+Explanation maps are Psi ``[..., H, W]`` in [0, 1]. Every function returns a float32 scalar, except
+`cross_entropy`, which returns one value per image.
 """
 
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +39,8 @@ def reference_area(maps: jax.Array, exponent: float) -> jax.Array:
 def reference_variation(maps: jax.Array) -> jax.Array:
     """The variation term of the authors' code: sums, not means, and a penalty on the borders.
 
-    Maps ``[B, K, H, W]``: the sums run over all of them and are divided by 2 B alone, which is
-    K H W times the weight that Eq. 17 gives.
+    The sums run over all maps ``[B, K, H, W]`` and are divided by 2 B only, which is K H W times
+    the weight of Eq. 17.
     """
     maps = maps.astype(jnp.float32)
     borders = (maps[..., 0, :], maps[..., -1, :], maps[..., 0], maps[..., -1])
@@ -54,11 +54,15 @@ def _neighbour_differences(maps: jax.Array) -> jax.Array:
     return jnp.sum(vertical**2) + jnp.sum(horizontal**2)
 
 
-RecipeName = Literal["paper", "reference"]
 RECIPES = {
     "paper": (area, variation),
     "reference": (reference_area, reference_variation),
 }
+"""The area and variation terms of each recipe."""
+if TYPE_CHECKING:
+    RecipeName = str
+else:
+    RecipeName = Literal[tuple(RECIPES)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,19 +1,15 @@
-"""From an explanation map to a masked image: scaling, upsampling, selecting, masking."""
-
-from typing import Literal
+"""From an explanation map to a masked image: scaling, upsampling, masking."""
 
 import jax
 import jax.numpy as jnp
 
-from ttame_jax.backbones import Preprocessing
-
-MaskingKind = Literal["pixel", "standardised"]
+from ttame_jax.preprocessing import Masking, Preprocessing
 
 
 def min_max_scale(maps: jax.Array) -> jax.Array:
     """Scales each map ``[..., H, W]`` to [0, 1] (paper, section III-D).
 
-    A constant map has no minimum to tell from its maximum and becomes all zeros, never NaN.
+    A constant map becomes all zeros.
     """
     maps = maps.astype(jnp.float32)
     low = maps.min(axis=(-2, -1), keepdims=True)
@@ -24,7 +20,7 @@ def min_max_scale(maps: jax.Array) -> jax.Array:
 def upsample(maps: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Resizes maps ``[..., h, w]`` to ``[..., *size]``, bilinear with half-pixel centres.
 
-    The same as PyTorch's ``interpolate(mode="bilinear", align_corners=False)`` where no side
+    Equal to PyTorch's ``interpolate(mode="bilinear", align_corners=False)`` as long as no side
     shrinks.
     """
     if maps.shape[-2:] == size:
@@ -33,7 +29,7 @@ def upsample(maps: jax.Array, size: tuple[int, int]) -> jax.Array:
 
 
 def mask_images(
-    images: jax.Array, masks: jax.Array, preprocessing: Preprocessing, kind: MaskingKind
+    images: jax.Array, masks: jax.Array, preprocessing: Preprocessing, masking: Masking
 ) -> jax.Array:
     """Masks images and standardises them, ready for the backbone.
 
@@ -41,15 +37,16 @@ def mask_images(
       images: ``[B, H, W, 3]`` in [0, 1].
       masks: ``[B, H, W]`` in [0, 1].
       preprocessing: whose mean and standard deviation are used.
-      kind: ``"pixel"`` is ``|E * I|``, the paper's CNN masking (Eq. 13): masked pixels are black;
-        ``"standardised"`` is ``E * |I|``, its ViT masking (Eq. 14): they are the mean colour.
+      masking: ``"pixel"`` is ``|E * I|``, the paper's masking for CNNs (Eq. 13), which makes masked
+        pixels black; ``"standardised"`` is ``E * |I|``, its masking for ViTs (Eq. 14), which gives
+        them the mean colour.
 
     Returns:
       ``[B, H, W, 3]``, standardised.
     """
     masks = masks[..., None]
-    if kind == "pixel":
+    if masking == "pixel":
         return preprocessing.standardise(masks * images)
-    if kind == "standardised":
+    if masking == "standardised":
         return masks * preprocessing.standardise(images)
-    raise ValueError(f"unknown masking {kind!r}: use 'pixel' or 'standardised'")
+    raise ValueError(f"unknown masking {masking!r}: use 'pixel' or 'standardised'")

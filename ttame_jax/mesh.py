@@ -1,4 +1,4 @@
-"""Data parallelism: one mesh over all devices, batches split over it, the rest on each of them."""
+"""Data parallelism: one mesh over all devices, with sharded batches and replicated parameters."""
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ AXIS = "data"
 
 
 def data_mesh() -> Mesh:
-    """One axis over every device of every process."""
+    """A mesh with one axis over all devices of all processes."""
     return Mesh(np.array(jax.devices()), (AXIS,))
 
 
@@ -23,24 +23,24 @@ def check_batch_size(batch_size: int) -> None:
 
 
 def replicate(tree, mesh: Mesh):
-    """The same arrays on every device; every process gives all of them."""
+    """Replicates arrays on every device. Every process passes the same arrays."""
     sharding = NamedSharding(mesh, P())
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
 
-    def put(array):  # through the host: a process cannot write to another's devices
+    def put(array):  # from the host: a process cannot write to the devices of another
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
-            return array  # there already
+            return array  # already replicated
         return jax.make_array_from_process_local_data(sharding, np.asarray(array))
 
     return jax.tree.map(put, tree)
 
 
 def shard_batch(batch: np.ndarray, mesh: Mesh) -> jax.Array:
-    """This process's part ``[b, ...]`` of a global batch, spread over its devices."""
+    """Shards a global batch, of which each process passes its part ``[b, ...]``."""
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXIS)), batch)
 
 
 def gather(tree):
-    """Global arrays, whole, on the host of every process."""
+    """Global arrays as complete NumPy arrays on the host of every process."""
     return multihost_utils.process_allgather(tree, tiled=True)

@@ -15,15 +15,15 @@ from ttame_jax.masking import upsample
 
 COLOUR_MAP = "turbo"
 
-# Okabe and Ito's colours, told apart by colour-blind readers; markers and dashes tell the lines
-# apart in grey.
+# Okabe and Ito's colours, which colour-blind readers can distinguish. Markers and dashes distinguish
+# the lines in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "os^Dv<>P"
 DASHES = ("-", "--", "-.", ":")
 
 
 def line_style(i: int) -> dict[str, str]:
-    """Matplotlib's colour, marker and line style of the i-th line of a plot."""
+    """Matplotlib's colour, marker and line style for the i-th line of a plot."""
     return {
         "color": COLOURS[i % len(COLOURS)],
         "marker": MARKERS[i % len(MARKERS)],
@@ -40,7 +40,7 @@ def heatmap(explanation_map: jax.typing.ArrayLike, size: tuple[int, int]) -> np.
 def overlay(
     image: np.ndarray, explanation_map: jax.typing.ArrayLike, opacity: float = 0.5
 ) -> np.ndarray:
-    """The heatmap of a map ``[h, w]`` over its image, uint8 ``[H, W, 3]`` as the image is."""
+    """The heatmap of a map ``[h, w]`` over its image ``[H, W, 3]``, both uint8."""
     colours = heatmap(explanation_map, image.shape[:2])
     return ((1 - opacity) * image + opacity * colours).round().astype(np.uint8)
 
@@ -48,7 +48,7 @@ def overlay(
 def explanation_figure(
     image: np.ndarray, maps: Sequence[jax.typing.ArrayLike], titles: Sequence[str]
 ) -> Figure:
-    """An image ``[H, W, 3]`` uint8 beside its overlay for each map ``[h, w]``, in one row."""
+    """An image ``[H, W, 3]`` uint8 and its overlay for each map ``[h, w]``, in one row."""
     panels = [(image, "image"), *((overlay(image, m), title) for m, title in zip(maps, titles))]
     figure = Figure(figsize=(2.6 * len(panels), 2.9), layout="constrained")
     for axes, (picture, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
@@ -61,7 +61,7 @@ def explanation_figure(
 def explanation_grid(
     images: np.ndarray, maps: Mapping[str, np.ndarray], titles: Sequence[str]
 ) -> Figure:
-    """Images ``[N, H, W, 3]`` uint8 in columns, under them a row a method: its maps ``[N, h, w]``
+    """Images ``[N, H, W, 3]`` uint8 in columns, above one row per method with its maps ``[N, h, w]``
     over the images (the paper's Fig. 15)."""
     rows = {"image": images}
     for name, of_images in maps.items():
@@ -80,14 +80,14 @@ def explanation_grid(
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Writes a figure whole or not at all; the ending names the format."""
+    """Writes a figure in the format of the file's extension."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=Path(path).suffix.lstrip("."), dpi=120)
     write_atomically(path, buffer.getvalue())
 
 
 def save_image(image: np.ndarray, path: str | Path) -> None:
-    """Writes a uint8 ``[H, W, 3]`` image as PNG, whole or not at all."""
+    """Writes a uint8 ``[H, W, 3]`` image as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())

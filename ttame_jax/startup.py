@@ -1,4 +1,4 @@
-"""What a command does before JAX starts: it finds its compilation cache and its fellow processes."""
+"""What a command does before JAX starts: set up the compilation cache and the other processes."""
 
 import contextlib
 import dataclasses
@@ -12,44 +12,44 @@ import jax
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX has been told of another.
+    """Caches compiled programs in the user's cache folder.
 
-    That is ``$XDG_CACHE_HOME/ttame_jax`` (``~/.cache/ttame_jax``); JAX's own environment
-    variables ``JAX_COMPILATION_CACHE_DIR`` and ``JAX_ENABLE_COMPILATION_CACHE`` have their way.
+    The folder is ``$XDG_CACHE_HOME/ttame_jax`` (``~/.cache/ttame_jax``). JAX's own environment
+    variables ``JAX_COMPILATION_CACHE_DIR`` and ``JAX_ENABLE_COMPILATION_CACHE`` take precedence.
     """
     if jax.config.jax_compilation_cache_dir is None:
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(root) / "ttame_jax"))
-        # JAX keeps what took a second to compile; much that starting needs takes a little less.
+        # JAX caches programs that take a second to compile. Many take a little less at startup.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """How the processes of one run, each on its machine, find each other.
+    """How the processes of one run find each other.
 
-    On Cloud TPUs and under Slurm and Open MPI all of it is known without being given.
+    On Cloud TPUs and under Slurm and Open MPI everything is detected.
     """
 
     coordinator_address: str | None = None
-    """HOST:PORT of process 0, a free port of its machine."""
+    """HOST:PORT of process 0, with a free port of its machine."""
     num_processes: int | None = None
-    """How many there are; 1 runs this one alone, cluster or not."""
+    """Number of processes; 1 disables the detection of a cluster."""
     process_id: int | None = None
-    """Which of them this is, from 0 on."""
+    """Index of this process, from 0."""
     heartbeat_timeout: int = 100
-    """Seconds without a sign of life from one of them after which the others end."""
+    """Seconds without a heartbeat from one process after which the others exit."""
 
 
 @contextlib.contextmanager
 def joined(processes: Processes) -> Iterator[None]:
-    """Runs its body together with the run's other processes, if there are any.
+    """Runs its body together with the other processes of the run, if there are any.
 
-    Where a process fails the others cannot go on: it ends at once, and they end as they miss it,
-    after the heartbeat timeout at the latest.
+    If a process fails, it exits at once. The others cannot continue and exit after the heartbeat
+    timeout at the latest.
 
     Raises:
-      ValueError: if the processes are described only in part.
+      ValueError: the processes are described only in part.
     """
     with contextlib.ExitStack() as stack:
         if _initialize(processes):
@@ -60,29 +60,31 @@ def joined(processes: Processes) -> Iterator[None]:
 def _end(kind: type[BaseException] | None, error: BaseException | None, _) -> None:
     if error is not None:
         print(_last_words(error), file=sys.stderr, flush=True)
-        os._exit(1)  # an orderly end would wait for the others
+        os._exit(1)  # an orderly exit would wait for the others
     jax.distributed.shutdown()
 
 
 def _initialize(processes: Processes) -> bool:
-    """Whether there are others."""
+    """Whether there are other processes."""
     given = (processes.coordinator_address, processes.num_processes, processes.process_id)
     if processes.num_processes == 1:
         return False
     try:
         jax.distributed.initialize(*given, heartbeat_timeout_seconds=processes.heartbeat_timeout)
     except jax.errors.JaxRuntimeError as error:
-        raise ConnectionError(f"cannot join the run's other processes: {error}") from error
+        raise ConnectionError(
+            f"cannot connect to the other processes of the run: {error}"
+        ) from error
     except (ValueError, RuntimeError) as error:
         if given == (None, None, None):
-            # No cluster is detected, or JAX has started already: in a program that calls `main`.
+            # No cluster is detected, or JAX is initialised already (a program that calls `main`).
             return False
         raise ValueError(
-            "processes that no cluster describes need --coordinator-address HOST:PORT, "
+            "without a detected cluster, several processes need --coordinator-address HOST:PORT, "
             f"--num-processes and --process-id ({error})"
         ) from error
     print(
-        f"process {jax.process_index()} of {jax.process_count()}: if one fails the others end "
+        f"process {jax.process_index()} of {jax.process_count()}: if one fails, the others exit "
         f"within {processes.heartbeat_timeout} s; the same commands resume a run",
         file=sys.stderr,
     )
@@ -96,6 +98,6 @@ def _last_words(error: BaseException) -> str:
         return "".join(traceback.format_exception(error))
     return (
         f"ttame: process {jax.process_index()} of {jax.process_count()} failed, or lost another "
-        f"({str(error).splitlines()[0]}): start all of them again, and the run resumes from its "
-        "last checkpoint"
+        f"({str(error).splitlines()[0]}): restart all of them to resume the run from its last "
+        "checkpoint"
     )

@@ -1,7 +1,7 @@
 import pytest
 from flax import nnx
 
-from ttame_jax.backbones import load_backbone
+from ttame_jax.weights import load_backbone
 
 
 @pytest.fixture(scope="session")

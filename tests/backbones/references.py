@@ -5,8 +5,8 @@ import math
 import numpy as np
 import torch
 
-from convert.pretrained import TIMM, TORCHVISION
-from convert.torch_import import import_torchvision
+from ttame_jax.convert.pytorch.torch_import import import_torchvision
+from ttame_jax.weights.backbones import published
 
 TINY_VIT = {"image_size": 48, "patch_size": 8, "width": 96, "depth": 4, "num_heads": 3}
 
@@ -15,11 +15,11 @@ def create(name: str, library: str, **options) -> torch.nn.Module:
     """torchvision's or timm's module of a backbone, in inference mode."""
     torchvision = import_torchvision()
     if library == "torchvision":
-        model = torchvision.models.get_model(TORCHVISION[name], **options)
+        model = torchvision.models.get_model(published("torchvision")[name], **options)
     else:
         import timm
 
-        model = timm.create_model(TIMM[name].partition(".")[0], **options)
+        model = timm.create_model(published("timm")[name].partition(".")[0], **options)
     return model.eval()
 
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert.weights import parameters
-from ttame_jax.backbones import Preprocessing, base, load_backbone
+from ttame_jax import compilers
 from ttame_jax.backbones.layers import adaptive_average_pool
+from ttame_jax.preprocessing import Preprocessing
+from ttame_jax.weights import load_backbone
+from ttame_jax.weights.transfer import parameters
 
 TINY_VIT = {"image_size": 32, "patch_size": 8, "width": 24, "depth": 4, "num_heads": 3}
 # One small member of each family that initialises in no time.
@@ -202,7 +204,7 @@ def test_images_in_groups_give_what_they_give_all_at_once(name, count, monkeypat
         return backbone(images), gradient
 
     together = nnx.jit(outputs_and_gradient)(backbone, images)
-    monkeypatch.setattr(base, "CPU_PIXELS", 3 * 64 * 64)
+    monkeypatch.setattr(compilers, "CPU_PIXELS", 3 * 64 * 64)
     forward, sizes = type(backbone)._forward, []
     counting = lambda self, x: sizes.append(len(x)) or forward(self, x)
     monkeypatch.setattr(type(backbone), "_forward", counting)
@@ -213,5 +215,5 @@ def test_images_in_groups_give_what_they_give_all_at_once(name, count, monkeypat
 
 
 def test_a_square_larger_than_the_resized_image_is_refused():
-    with pytest.raises(ValueError, match="no 224 pixels can be cut out of 200"):
+    with pytest.raises(ValueError, match="cannot crop 224 pixels from 200"):
         Preprocessing(resize_size=200)

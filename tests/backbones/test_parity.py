@@ -16,11 +16,11 @@ from references import (
 )
 from safetensors.torch import load_file, save_file
 
-from convert.timm_table import randomise
-from convert.torch_import import import_torchvision
-from convert.weights import to_torch
-from ttame_jax.backbones import load_backbone
 from ttame_jax.backbones.vit import resample_pos_embed
+from ttame_jax.convert.pytorch.torch_import import import_torchvision
+from ttame_jax.convert.timm_table import randomise
+from ttame_jax.weights import load_backbone
+from ttame_jax.weights.transfer import to_torch
 
 
 @pytest.fixture(autouse=True)

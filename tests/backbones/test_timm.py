@@ -8,12 +8,12 @@ import pytest
 from flax import nnx
 from references import assert_close, images, outputs
 
-from convert import timm_models
-from convert.files import numpy_state
-from convert.timm_table import randomise
-from convert.torch_import import import_torchvision
-from convert.weights import fill, parameters, to_flax, to_torch
-from ttame_jax.backbones import Preprocessing, load_backbone, save_backbone
+from ttame_jax.convert.pytorch.checkpoints import numpy_state
+from ttame_jax.convert.pytorch.torch_import import import_torchvision
+from ttame_jax.convert.timm_table import randomise
+from ttame_jax.preprocessing import Preprocessing
+from ttame_jax.weights import load_backbone, save_backbone, timm_models
+from ttame_jax.weights.transfer import fill, parameters, to_flax, to_torch
 
 CARD = {
     "input_size": (3, 64, 64),
@@ -149,7 +149,7 @@ def test_our_own_file_of_a_timm_model_needs_no_timm(tmp_path, monkeypatch):
     for library in ("torch", "timm", "torchvision"):
         monkeypatch.setitem(sys.modules, library, None)
     again = load_backbone("timm:test_vit2", tmp_path / "w.safetensors", features="norm")
-    assert again.config == backbone.config and again.variant == backbone.variant
+    assert again.architecture == backbone.architecture and again.features == "norm"
     for path, value in parameters(backbone).items():
         np.testing.assert_array_equal(parameters(again)[path], value)
     with pytest.raises(ImportError, match=r"architecture of timm:test_vit needs timm: pip install"):

@@ -2,11 +2,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert.weights import fill, parameters
-from ttame_jax.backbones import load_backbone, save_backbone
-from ttame_jax.training.checkpoints import save_attention
-from ttame_jax.training.config import TrainConfig
-from ttame_jax.training.models import build_attention
+from ttame_jax.config import TrainConfig
+from ttame_jax.runs import build_attention, save_attention
+from ttame_jax.weights import load_backbone, save_backbone
+from ttame_jax.weights.transfer import fill, parameters
 
 TINY_VIT = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 4, "num_heads": 2}
 

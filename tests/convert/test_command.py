@@ -1,4 +1,4 @@
-"""The command `python -m convert`, and that its runs are runs."""
+"""The command `ttame convert`, and that its runs are runs."""
 
 import json
 import subprocess
@@ -11,22 +11,27 @@ torch = pytest.importorskip("torch")
 
 from reference_code import CHANNELS, attention_state, checkpoint, layers
 
-from convert.__main__ import main
-from convert.weights import parameters, to_torch
-from ttame_jax.backbones import load_backbone
 from ttame_jax.cli import main as ttame
+
+
+def main(words):
+    ttame(["convert", *words])
+
+
+from ttame_jax.weights import load_backbone
+from ttame_jax.weights.transfer import parameters, to_torch
 
 
 def test_help_names_every_command_and_needs_no_torch():
     script = (
-        "import sys; from convert.__main__ import main\n"
-        "try: main(['--help'])\n"
+        "import sys; from ttame_jax.cli import main\n"
+        "try: main(['convert', '--help'])\n"
         "finally: assert not {'torch', 'timm', 'torchvision'} & set(sys.modules)"
     )
     help_text = subprocess.run(
         [sys.executable, "-c", script], check=True, capture_output=True, text=True
     ).stdout
-    assert "usage: python -m convert" in help_text
+    assert "usage: ttame convert" in help_text
     for command in ("backbone", "from-reference", "to-torch", "verify"):
         assert f"• {command} " in help_text
 
@@ -116,13 +121,13 @@ def test_evaluation_masks_as_the_run_says(make_run, pictures, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["verify", "vgg17"], "convert: unknown backbone 'vgg17'; there are vgg11, "),
-        (["verify", "runs/no"], "convert: no run runs/no (TTAME_TRACEBACK=1 shows where)"),
-        (["to-torch", "no", "--output", "out"], "convert: no is no run: config.json is missing"),
-        (["from-reference", "no.ckpt", "--output", "out"], "convert: no checkpoint no.ckpt"),
+        (["verify", "vgg17"], "ttame: unknown backbone 'vgg17'; there are vgg11, "),
+        (["verify", "runs/no"], "ttame: there is no run runs/no (TTAME_TRACEBACK=1 shows where)"),
+        (["to-torch", "no", "--output", "out"], "ttame: no is not a run: config.json is missing"),
+        (["from-reference", "no.ckpt", "--output", "out"], "ttame: no checkpoint no.ckpt"),
         (
             ["backbone", "vgg16", "--weights", "no.pth", "--output", "out"],
-            "convert: no weights file no.pth; weights are a file, ",
+            "ttame: no weights file no.pth; weights are a file, ",
         ),
     ],
 )

@@ -13,13 +13,15 @@ torch = pytest.importorskip("torch")
 
 from safetensors.torch import load_file
 
-import convert.torch_import
-from convert.export import explainer_config, export_onnx, load_run, run_to_torch, torch_explainer
-from convert.modules import libraries, nodes, reference_nodes
-from convert.torch_import import import_torchvision
-from convert.verify import differences, random_images, verify
 from ttame_jax import load_explainer
-from ttame_jax.backbones import load_backbone
+from ttame_jax.convert.authors import authors_nodes
+from ttame_jax.convert.export import explainer_config, export_onnx, run_to_torch, torch_explainer
+from ttame_jax.convert.modules import libraries, module_config
+from ttame_jax.convert.pytorch import torch_import
+from ttame_jax.convert.pytorch.torch_import import import_torchvision
+from ttame_jax.convert.verify import differences, random_images, verify
+from ttame_jax.runs import load_run
+from ttame_jax.weights import load_backbone
 
 # Outside this project's environment, as far as that can be arranged in a subprocess.
 SCRIPT = """
@@ -56,7 +58,7 @@ def test_the_module_needs_nothing_of_ours(backbone, fields, make_run, tmp_path):
     explainer = load_explainer(run)
     images = random_images(explainer.backbone.preprocessing.image_size, 2)
     np.save(output / "images.npy", images)
-    script = SCRIPT.format(torch_import=convert.torch_import.__file__)
+    script = SCRIPT.format(torch_import=torch_import.__file__)
     subprocess.run([sys.executable, "-I", "-c", script], cwd=output, check=True)
     theirs = np.load(output / "maps.npz")
     with jax.default_matmul_precision("highest"):
@@ -68,7 +70,7 @@ def test_the_module_needs_nothing_of_ours(backbone, fields, make_run, tmp_path):
 
 
 def test_a_constant_map_becomes_zero_in_the_module_too():
-    from convert.standalone import min_max_scale
+    from ttame_jax.convert.standalone import min_max_scale
 
     maps = torch.stack([torch.full((3, 3), 2.0), torch.arange(9.0).view(3, 3)])[None]
     assert min_max_scale(maps)[0, 0].eq(0).all() and min_max_scale(maps)[0, 1].max() == 1
@@ -167,7 +169,7 @@ def test_verify_sees_each_wrong_part(make_run, tmp_path, monkeypatch):
     _, backbone, attention, _ = load_run(tmp_path / "run")
     clean = differences(backbone, attention, "timm")
     assert max(clean.values()) < 1e-5
-    from convert import export
+    from ttame_jax.convert import export
 
     whole = export.explainer_state
     for key, wrong in (
@@ -189,6 +191,9 @@ def test_feature_maps_are_named_as_in_the_paper():
 
     def abstract(name, **config):
         return nnx.eval_shape(lambda: load_backbone(name, **config))
+
+    def nodes(backbone, library):
+        return module_config(backbone, library)["nodes"]
 
     assert nodes(abstract("vgg16"), "torchvision") == ["features.16", "features.23", "features.30"]
     assert nodes(abstract("vgg16_bn"), "timm") == ["features.23", "features.33", "features.43"]
@@ -214,9 +219,9 @@ def test_reference_names_are_nodes_of_torchvisions_graph():
         backbone = nnx.eval_shape(
             lambda features=features: load_backbone("vit_b16", features=features)
         )
-        assert set(reference_nodes(backbone)) <= set(known)
+        assert set(authors_nodes(backbone)) <= set(known)
 
 
 def test_the_template_holds_no_settings_of_its_own():
-    template = Path(convert.torch_import.__file__).with_name("standalone.py").read_text()
+    template = Path(torch_import.__file__).parents[1].joinpath("standalone.py").read_text()
     assert template.count("CONFIG: dict = {}") == 1 and "ttame_jax" not in template

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert.weights import parameters, to_torch
-from ttame_jax.backbones import Preprocessing, load_backbone, save_backbone
+from ttame_jax.preprocessing import Preprocessing
+from ttame_jax.weights import load_backbone, save_backbone
+from ttame_jax.weights.transfer import parameters, to_torch
 
 torch = pytest.importorskip("torch")
 
@@ -180,7 +181,7 @@ def test_what_is_no_weights_file_is_refused(tmp_path):
 
 
 def test_the_cache_is_in_the_users_cache_folder(monkeypatch, tmp_path):
-    from convert.files import cache_dir
+    from ttame_jax.files import cache_dir
 
     monkeypatch.delenv("TTAME_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -202,7 +203,7 @@ def torchvision_download(monkeypatch):
 
         monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download)
 
-    from convert.torch_import import import_torchvision
+    from ttame_jax.convert.pytorch.torch_import import import_torchvision
 
     import_torchvision()
     return place

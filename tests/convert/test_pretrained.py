@@ -5,9 +5,12 @@ import dataclasses
 import pytest
 from flax import nnx
 
-from convert.pretrained import TIMM, TORCHVISION, read_card
-from convert.torch_import import import_torchvision
-from ttame_jax.backbones import load_backbone
+from ttame_jax.convert.pytorch.timm import read_card
+from ttame_jax.convert.pytorch.torch_import import import_torchvision
+from ttame_jax.weights import load_backbone
+from ttame_jax.weights.backbones import published
+
+TORCHVISION, TIMM = published("torchvision"), published("timm")
 
 pytest.importorskip("torch")
 

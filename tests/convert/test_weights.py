@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert.layouts import backbone_tables
-from convert.weights import parameters, shapes, to_flax, to_torch
-from ttame_jax.backbones import load_backbone
+from ttame_jax.weights import load_backbone
+from ttame_jax.weights.transfer import parameters, shapes, tables, to_flax, to_torch
 
 VIT = {"image_size": 32, "patch_size": 8, "width": 24, "depth": 2, "num_heads": 3}
 
@@ -130,12 +129,12 @@ def test_a_family_without_that_layout_says_so():
 
 def test_every_published_variant_has_the_tensors_of_the_real_module():
     torch = pytest.importorskip("torch")
-    from convert.pretrained import TIMM, TORCHVISION
-    from convert.torch_import import import_torchvision
+    from ttame_jax.convert.pytorch.torch_import import import_torchvision
+    from ttame_jax.weights.backbones import published
 
     torchvision = import_torchvision()
     timm = pytest.importorskip("timm")
-    for layout, models in (("torchvision", TORCHVISION), ("timm", TIMM)):
+    for layout, models in ((library, published(library)) for library in ("torchvision", "timm")):
         for name, model in models.items():
             with torch.device("meta"):
                 if layout == "torchvision":
@@ -145,5 +144,5 @@ def test_every_published_variant_has_the_tensors_of_the_real_module():
             backbone = nnx.eval_shape(lambda name=name: load_backbone(name))
             ours = shapes(backbone, layout)
             assert ours == {key: tuple(v.shape) for key, v in module.state_dict().items()}, name
-            paths = [p for _, p, _ in backbone_tables(backbone)[layout]]
+            paths = [p for _, p, _ in tables(backbone)[layout]]
             assert sorted(paths) == sorted(parameters(backbone))

@@ -42,8 +42,8 @@ def test_the_source_gives_pictures_with_boxes(digits_dir, records):
     record = source[7]
     assert Image.open(io.BytesIO(record["image"])).size == (64, 64)
     assert record["label"] == records["test"][7]["label"]
-    assert record["box"].dtype == np.float32
-    np.testing.assert_array_equal(record["box"], records["test"][7]["box"])
+    assert source.has_boxes and record["boxes"].dtype == np.float32
+    np.testing.assert_array_equal(record["boxes"], [records["test"][7]["box"]])
     assert source.name(7) == records["test"][7]["id"].decode()
 
 

@@ -8,9 +8,9 @@ import orbax.checkpoint as ocp
 import pytest
 from data_helpers import Pictures, run_python
 
-from ttame_jax.backbones import Preprocessing
 from ttame_jax.data import evaluation_batches, train_batches
 from ttame_jax.data.transforms import evaluation_image
+from ttame_jax.preprocessing import Preprocessing
 
 SMALL = Preprocessing(image_size=8, resize_size=10)
 
@@ -148,6 +148,34 @@ def test_evaluation_by_processes_reads_the_parts_of_the_same_batches():
     assert together == [[*range(12)], [*range(12, 23), -1]]
 
 
+class BoxedPictures(Pictures):
+    """Image i has i boxes, the first on the left half; `damaged` ones cannot be read."""
+
+    has_boxes = True
+
+    def __getitem__(self, index):
+        boxes = np.array([[0, 0, 1, 0.5], [0, 0.5, 1, 1]][:index], np.float32).reshape(-1, 4)
+        return super().__getitem__(index) | {"boxes": boxes}
+
+
+@pytest.mark.filterwarnings("ignore:skipping")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_with_boxes_tells_which_pixels_lie_inside(workers):
+    source = BoxedPictures(101, damaged=(3,))
+    batches = evaluation_batches(source, SMALL, 51, boxes=True, workers=workers)
+    first, last = (batch["inside"] for batch in batches)
+    assert first.shape == (51, 8, 8) and first.dtype == bool
+    left = np.tile(np.arange(8) < 4, (8, 1))
+    np.testing.assert_array_equal(first[:3], [np.zeros((8, 8)), left, np.ones((8, 8))])
+    assert not first[3].any() and first[4:].all() and last[:50].all()  # 3 cannot be read
+    assert not last[50].any()  # padding
+
+
+def test_boxes_of_a_source_without_are_refused():
+    with pytest.raises(ValueError, match="has no boxes"):
+        evaluation_batches(Pictures(3), SMALL, 2, boxes=True)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_training_replaces_an_unreadable_image_and_names_it_once(workers):
     source = Pictures(120, damaged=(17,))
@@ -215,8 +243,8 @@ KILLED = """
 import multiprocessing, os, sys
 sys.path.insert(0, "tests/data")
 from data_helpers import Pictures
-from ttame_jax.backbones import Preprocessing
 from ttame_jax.data import train_batches
+from ttame_jax.preprocessing import Preprocessing
 batches = train_batches(Pictures(8), Preprocessing(8, 10), 4, seed=0, workers=2)
 next(batches)
 for child in multiprocessing.active_children():

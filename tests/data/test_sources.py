@@ -1,12 +1,14 @@
+import io
 import pickle
 import shutil
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from data_helpers import HIDE_TENSORFLOW, encode, noise, run_python
 
-from ttame_jax.backbones import Preprocessing
 from ttame_jax.data import evaluation_batches, load_source, prepare
+from ttame_jax.preprocessing import Preprocessing
 
 
 def make_folder(root, *names):
@@ -26,6 +28,7 @@ def test_a_flat_folder_is_read_in_the_order_of_names_and_has_no_labels(tmp_path)
     assert names_of(source) == ["a.JPG", "b.png", "c.webp"]
     assert source.class_names is None
     assert source[0] == {"image": (tmp_path / "a.JPG").read_bytes(), "label": -1}
+    assert not source.has_boxes
 
 
 def test_class_folders_give_labels(tmp_path):
@@ -165,3 +168,59 @@ def test_labels_and_names_survive_in_batches(digits_dir):
     (batch,) = evaluation_batches(source, Preprocessing(64, 64), 10)
     assert batch["label"].tolist() == [source[index]["label"] for index in range(10)]
     assert len(np.unique(names_of(source))) == 10
+
+
+BOXES = [[(0.25, 0.0, 0.5, 1.0), (0.0, 0.5, 1.0, 0.75)], [], [(0.0, 0.0, 1.0, 1.0)]]
+
+
+class SequenceOfBoxes(tfds.core.GeneratorBasedBuilder):
+    """Three images with two boxes, none and one."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    boxes = tfds.features.Sequence(tfds.features.BBoxFeature())
+
+    def _info(self):
+        image = tfds.features.Image(shape=(7, 9, 3), encoding_format="png")
+        features = tfds.features.FeaturesDict({"image": image, "boxes": self.boxes})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i, boxes in enumerate(BOXES):
+            image = io.BytesIO(encode(noise(9, 7)))
+            boxes = [self.one(tfds.features.BBox(*box)) for box in boxes]
+            yield i, {"image": image, "boxes": boxes}
+
+    def one(self, box):
+        return box
+
+
+class SequenceOfObjects(SequenceOfBoxes):
+    boxes = tfds.features.Sequence({"crowd": np.bool_, "bbox": tfds.features.BBoxFeature()})
+
+    def one(self, box):
+        return {"crowd": False, "bbox": box}
+
+
+@pytest.mark.parametrize("builder", ["sequence_of_boxes", "sequence_of_objects"])
+def test_images_have_any_number_of_boxes(builder, tmp_path):
+    tfds.builder(builder, data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    source = load_source(builder, "train", tmp_path)
+    assert source.has_boxes
+    found = sorted((source[i]["boxes"] for i in range(3)), key=len)
+    for boxes, expected in zip(found, sorted(BOXES, key=len), strict=True):
+        assert boxes.dtype == np.float32 and boxes.shape == (len(expected), 4)
+        np.testing.assert_array_equal(boxes, np.reshape(expected, (-1, 4)))
+
+
+class AbsoluteBoxes(SequenceOfBoxes):
+    boxes = tfds.features.Sequence(tfds.features.BBoxFeature(bbox_format="XYXY"))
+
+
+def test_boxes_in_another_format_are_not_read(tmp_path):
+    builder = tfds.builder("absolute_boxes", data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    source = load_source("absolute_boxes", "train", tmp_path)
+    assert not source.has_boxes and source[0].keys() == {"image", "label"}

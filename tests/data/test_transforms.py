@@ -3,15 +3,16 @@ import pytest
 from data_helpers import encode, noise
 from PIL import Image
 
-from convert.torch_import import import_torchvision
-from ttame_jax.backbones import Preprocessing
+from ttame_jax.convert.pytorch.torch_import import import_torchvision
 from ttame_jax.data.transforms import (
     UnreadableImage,
     decode,
     evaluation_image,
+    inside_boxes,
     preprocess,
     training_image,
 )
+from ttame_jax.preprocessing import Preprocessing
 
 SMALL = Preprocessing(image_size=6, resize_size=8)
 
@@ -136,3 +137,32 @@ def test_single_pictures_are_turned_upright_and_data_sets_are_not(tmp_path):
 def test_a_missing_picture_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.jpg"):
         preprocess(tmp_path / "nothing.jpg", SMALL)
+
+
+@pytest.mark.parametrize("size", [(96, 32), (32, 96), (36, 32), (24, 39), (8, 8)])
+def test_boxes_are_cropped_like_the_image(size):
+    """A white rectangle on black: the crop shows where its box lies."""
+    across, down = (8 * side // min(size) for side in size)
+    scale = min(size) // 8  # the rectangle's edges lie between pixels of the resized image
+    top, left, bottom, right = scale * np.array([down // 2 - 2, across // 2, down - 3, across - 2])
+    pixels = np.zeros((*size[::-1], 3), np.uint8)
+    pixels[top:bottom, left:right] = 255
+    crop = evaluation_image(encode(Image.fromarray(pixels)), SMALL)[..., 0]
+    box = np.array([top, left, bottom, right]) / np.tile(size[::-1], 2)
+    inside = inside_boxes(box[None], size, SMALL)
+    assert inside.any() and not inside.all()
+    np.testing.assert_array_equal(inside, crop > 128)
+
+
+def test_pixels_in_any_of_several_boxes_are_inside():
+    boxes = np.array([[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]])
+    whole = Preprocessing(image_size=4, resize_size=4)
+    expected = np.kron(np.eye(2), np.ones((2, 2))).astype(bool)
+    np.testing.assert_array_equal(inside_boxes(boxes, (9, 9), whole), expected)
+
+
+def test_no_box_and_boxes_outside_the_crop_have_no_pixels():
+    left = np.array([[0, 0, 1, 0.3]], np.float32)  # of an image three times as wide as high
+    assert not inside_boxes(left, (96, 32), SMALL).any()
+    assert inside_boxes(left, (32, 96), SMALL).any()
+    assert not inside_boxes(np.zeros((0, 4), np.float32), (9, 9), SMALL).any()

@@ -1,6 +1,6 @@
-from ttame_jax.backbones import load_backbone, save_backbone
+from ttame_jax.config import preset
 from ttame_jax.experiments import demo
-from ttame_jax.training.config import preset
+from ttame_jax.weights import load_backbone, save_backbone
 
 
 def test_the_demo_writes_its_page_and_pictures(tmp_path, monkeypatch, capsys):

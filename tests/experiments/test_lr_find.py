@@ -10,12 +10,11 @@ from PIL import Image
 from tiny import TINY
 
 from ttame_jax.cli import main
+from ttame_jax.config import TrainConfig
 from ttame_jax.experiments import lr_find as module
 from ttame_jax.experiments.lr_find import Grid, Point, draw, lr_find, markdown
-from ttame_jax.training.checkpoints import load_attention
-from ttame_jax.training.config import TrainConfig, load_config
+from ttame_jax.runs import build_attention, build_backbone, load_attention, load_config
 from ttame_jax.training.loop import Run
-from ttame_jax.training.models import build_attention, build_backbone
 
 RATES = (0.01, 10.0)
 FILES = {f"lr_find.{end}" for end in ("md", "csv", "png", "svg")}

@@ -3,7 +3,7 @@ import io
 
 import pytest
 
-from ttame_jax.experiments.tables import ad_ic_rows, comma_separated, latex, markdown, road_rows
+from ttame_jax.experiments.tables import comma_separated, comparison_tables, latex, markdown
 
 
 def figures(method, ad, ic, morf, images=200, passes=1):
@@ -28,7 +28,7 @@ def columns():
 
 
 def test_the_best_is_bold_and_the_second_underlined_whichever_way_is_better(columns):
-    lines = markdown(columns, ad_ic_rows(columns)).splitlines()
+    lines = markdown(columns, comparison_tables(columns)["ad_ic"]).splitlines()
     assert lines[0] == "| measure | Grad-CAM | RISE (20 images) | no_skip | T-TAME |"
     assert lines[2] == "| AD↓(100%) | 32.12 | 1.00 | <u>9.33</u> | **8.74** |"
     assert lines[3] == "| IC↑(100%) | 22.10 | 99.00 | **50.00** | <u>49.00</u> |"
@@ -37,19 +37,21 @@ def test_the_best_is_bold_and_the_second_underlined_whichever_way_is_better(colu
 
 
 def test_equal_as_far_as_two_decimals_tell_share_a_place(columns):
-    lines = markdown(columns, road_rows(columns)).splitlines()
+    lines = markdown(columns, comparison_tables(columns)["road"]).splitlines()
     assert lines[2] == "| MoRF↓ | <u>21.40</u> | 1.00 | **17.74** | **17.74** |"
     assert lines[3] == "| LeRF↑ | <u>78.60</u> | 99.00 | **82.26** | **82.26** |"
 
 
 def test_csv_holds_plain_values(columns):
-    rows = list(csv.reader(io.StringIO(comma_separated(columns, ad_ic_rows(columns)))))
+    rows = list(
+        csv.reader(io.StringIO(comma_separated(columns, comparison_tables(columns)["ad_ic"])))
+    )
     assert rows[1] == ["AD↓(100%)", "32.12", "1.00", "9.33", "8.74"]
     assert len(rows) == 8
 
 
 def test_latex_escapes_what_latex_would_read(columns):
-    text = latex(columns, ad_ic_rows(columns))
+    text = latex(columns, comparison_tables(columns)["ad_ic"])
     assert r"AD$\downarrow$(100\%) & 32.12 & 1.00 & \underline{9.33} & \textbf{8.74} \\" in text
     assert r"no\_skip" in text
     assert text.startswith("\\begin{tabular}{lrrrr}\n")
@@ -57,4 +59,28 @@ def test_latex_escapes_what_latex_would_read(columns):
 
 def test_measures_that_a_method_lacks_make_no_table(columns):
     del columns[0]["ROAD"]
-    assert road_rows(columns) == []
+    assert list(comparison_tables(columns)) == ["ad_ic"]
+
+
+def test_every_metric_is_in_its_table(columns):
+    for i, column in enumerate(columns):
+        column["ROAD_REFERENCE"] = column["ROAD"]
+        for name in ("insertion", "deletion", "pointing", "energy"):
+            column[name] = {"mean": float(i)}
+    titles = {
+        table: [row.title for row in rows] for table, rows in comparison_tables(columns).items()
+    }
+    assert titles == {
+        "ad_ic": [f"{key}({percent}%)" for percent in (100, 50, 15) for key in ("AD↓", "IC↑")],
+        "road": ["MoRF↓", "LeRF↑"],
+        "road_reference": ["MoRF↓", "LeRF↑"],
+        "insertion_deletion": ["Insertion↑", "Deletion↓"],
+        "localisation": ["Pointing game↑", "Energy↑"],
+    }
+
+
+def test_one_of_two_metrics_of_a_table_makes_a_table(columns):
+    for column in columns:
+        del column["IC"]
+    rows = comparison_tables(columns)["ad_ic"]
+    assert [row.title for row in rows] == ["AD↓(100%)", "AD↓(50%)", "AD↓(15%)"]

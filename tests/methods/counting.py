@@ -3,7 +3,7 @@
 import jax
 
 from ttame_jax.backbones import Backbone
-from ttame_jax.methods import Method, explain
+from ttame_jax.methods import Method, compute_maps
 
 
 def count_passes(method: Method, images: jax.Array, classes: jax.Array) -> float:
@@ -13,7 +13,7 @@ def count_passes(method: Method, images: jax.Array, classes: jax.Array) -> float
     family = type(backbone)
     backbone.__class__ = _counted(family, counts)
     try:
-        jax.block_until_ready(explain(method, images, classes))
+        jax.block_until_ready(compute_maps(method, images, classes))
         jax.effects_barrier()
     finally:
         backbone.__class__ = family

@@ -8,9 +8,16 @@ from flax import nnx
 from real_images import read_images
 
 from benchmarks.methods import CAMS, RECIPES, agreement, our_maps, package_cam, torch_model
-from ttame_jax.backbones import load_backbone
-from ttame_jax.backbones.base import Backbone, chain
-from ttame_jax.methods import AblationCAM, GradCAM, GradCAMPlusPlus, ScoreCAM, explain, load_method
+from ttame_jax.backbones.base import Architecture, Backbone, chain
+from ttame_jax.methods import (
+    AblationCAM,
+    GradCAM,
+    GradCAMPlusPlus,
+    ScoreCAM,
+    compute_maps,
+    load_method,
+)
+from ttame_jax.weights import load_backbone
 
 
 @pytest.fixture(autouse=True)
@@ -71,10 +78,11 @@ class Pixels(Backbone):
     feature_layers, target_layer = ("image",), "image"
 
     def __init__(self, weights):
-        from ttame_jax.backbones import Preprocessing
+        from ttame_jax.preprocessing import Preprocessing
 
         preprocessing = Preprocessing(4, 4, mean=(0.0,) * 3, std=(1.0,) * 3)
-        super().__init__("pixels", len(weights[0]), preprocessing, None, jnp.float32)
+        architecture = Architecture(num_classes=len(weights[0]), preprocessing=preprocessing)
+        super().__init__("pixels", architecture)
         self.weights = nnx.Param(jnp.array(weights, jnp.float32))  # [3, Cls]
 
     def named_layers(self):
@@ -142,10 +150,10 @@ def test_maps_do_not_depend_on_the_batch_nor_on_which_classes_are_asked_together
     backbone = load_backbone("digits_cnn")
     method = load_method(name, backbone)
     images = jax.random.uniform(jax.random.key(0), (3, 64, 64, 3))
-    together = explain(method, images, jnp.array([[1, 2], [3, 4], [5, 6]]))
+    together = compute_maps(method, images, jnp.array([[1, 2], [3, 4], [5, 6]]))
     assert together.shape == (3, 2, 2, 2)
     assert np.ptp(together, axis=(2, 3)).max() == 1
-    alone = explain(method, images[1:2], jnp.array([[4]]))
+    alone = compute_maps(method, images[1:2], jnp.array([[4]]))
     np.testing.assert_allclose(together[1, 1], alone[0, 0], atol=1e-4)
 
 

@@ -5,8 +5,8 @@ from counting import count_passes
 from flax import nnx
 
 from ttame_jax.attention import AttentionMechanism
-from ttame_jax.backbones import load_backbone
 from ttame_jax.methods import load_method
+from ttame_jax.weights import load_backbone
 
 IMAGES = jax.random.uniform(jax.random.key(0), (2, 64, 64, 3))
 CLASSES = jnp.array([[1, 2], [3, 4]])

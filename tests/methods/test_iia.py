@@ -7,13 +7,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from tiny import TINY
 
-from ttame_jax.backbones import load_backbone
-from ttame_jax.backbones.vit import Variant, ViT
+from ttame_jax.backbones.vit import Architecture, ViT
 from ttame_jax.masking import min_max_scale
 from ttame_jax.mesh import AXIS, data_mesh
-from ttame_jax.methods import explain
+from ttame_jax.methods import compute_maps
 from ttame_jax.methods.iia import IIA, integrate
 from ttame_jax.methods.vit_blocks import run_block
+from ttame_jax.weights import load_backbone
 
 CLASSES = jnp.tile(jnp.array([[0, 3, 4]]), (16, 1))
 
@@ -56,7 +56,7 @@ def test_a_linear_head_has_a_closed_form(cnn, images):
         paper += ((u - r) * (u + r) / 2) @ cnn.class_weights
         reference += u @ cnn.class_weights
     for recipe, expected in (("paper", paper), ("reference", reference)):
-        maps = explain(IIA(cnn, recipe=recipe, steps=4), images, CLASSES)
+        maps = compute_maps(IIA(cnn, recipe=recipe, steps=4), images, CLASSES)
         expected = min_max_scale(jnp.moveaxis(expected, -1, 1)[:, jnp.array([0, 3, 4])])
         np.testing.assert_allclose(maps, expected, atol=1e-4)
 
@@ -79,7 +79,7 @@ def test_of_a_vit_every_step_runs_the_whole_network(vit, images):
             matrix = total + np.eye(17)
             row = row @ (matrix / matrix.sum(axis=1, keepdims=True))
         expected.append(row[1:].reshape(1, 4, 4))
-    maps = explain(IIA(vit, steps=3), images[:2], jnp.array([[3], [0]]))
+    maps = compute_maps(IIA(vit, steps=3), images[:2], jnp.array([[3], [0]]))
     np.testing.assert_allclose(maps, min_max_scale(jnp.stack(expected)), atol=1e-4)
 
 
@@ -112,13 +112,13 @@ def test_neither_other_images_nor_other_classes_change_a_map(name, recipe, image
     size = backbone.preprocessing.image_size
     images = images[:, :size, :size]
     method = IIA(backbone, recipe=recipe, steps=2)
-    together = explain(method, images, CLASSES)
+    together = compute_maps(method, images, CLASSES)
     assert together.shape == (16, 3, *backbone.feature_shapes()[-1][:2])
     assert together.dtype == jnp.float32
     np.testing.assert_allclose(together.min(axis=(2, 3)), 0, atol=1e-6)
     np.testing.assert_allclose(together.max(axis=(2, 3)), 1, rtol=1e-6)
     assert np.abs(together[:, 0] - together[:, 1]).max() > 0.01
-    alone = explain(method, images[2:3], CLASSES[2:3, 1:2])
+    alone = compute_maps(method, images[2:3], CLASSES[2:3, 1:2])
     np.testing.assert_allclose(together[2, 1], alone[0, 0], atol=1e-4)
 
 
@@ -133,7 +133,7 @@ def test_devices_share_the_images(vit, images):
         check_vma=False,
     )
     maps = jax.jit(step)(state, images, CLASSES)
-    np.testing.assert_allclose(maps, explain(method, images, CLASSES), atol=1e-4)
+    np.testing.assert_allclose(maps, compute_maps(method, images, CLASSES), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["cnn", "vit"])
@@ -142,24 +142,24 @@ def test_memory_does_not_grow_with_the_steps(name, images, request):
     size = backbone.preprocessing.image_size
 
     def peak(steps):
-        lowered = explain.lower(IIA(backbone, steps=steps), images[:, :size, :size], CLASSES)
+        lowered = compute_maps.lower(IIA(backbone, steps=steps), images[:, :size, :size], CLASSES)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     assert peak(40) < 1.01 * peak(4)
 
 
 def test_a_layer_is_chosen_by_name(cnn, images):
-    maps = explain(IIA(cnn, layer="layers.2.0", steps=1), images, CLASSES)
+    maps = compute_maps(IIA(cnn, layer="layers.2.0", steps=1), images, CLASSES)
     assert maps.shape == (16, 3, 4, 4)
     np.testing.assert_array_equal(
-        explain(IIA(cnn, layer=cnn.target_layer, steps=1), images, CLASSES),
-        explain(IIA(cnn, steps=1), images, CLASSES),
+        compute_maps(IIA(cnn, layer=cnn.target_layer, steps=1), images, CLASSES),
+        compute_maps(IIA(cnn, steps=1), images, CLASSES),
     )
 
 
 def test_a_flat_image_gives_a_map_without_nan(cnn):
     flat = jnp.broadcast_to(jnp.array(cnn.preprocessing.mean), (1, 64, 64, 3))
-    assert np.isfinite(explain(IIA(cnn, steps=1), flat, CLASSES[:1])).all()
+    assert np.isfinite(compute_maps(IIA(cnn, steps=1), flat, CLASSES[:1])).all()
 
 
 @pytest.mark.parametrize("name", ["digits_cnn", "vit"])
@@ -167,14 +167,14 @@ def test_a_backbone_in_bfloat16_is_explained(name, images):
     backbone = load_backbone("vit", **TINY, dtype="bfloat16")
     if name != "vit":
         backbone = load_backbone(name, image_size=32, dtype="bfloat16")
-    maps = explain(IIA(backbone, steps=1), images[:, :32, :32], CLASSES)
+    maps = compute_maps(IIA(backbone, steps=1), images[:, :32, :32], CLASSES)
     assert maps.dtype == jnp.float32
     assert np.isfinite(maps).all()
 
 
 def test_a_vit_of_one_block_is_explained(images):
     backbone = load_backbone("vit", **{**TINY, "depth": 1})
-    maps = explain(IIA(backbone, steps=1), images[:, :32, :32], CLASSES)
+    maps = compute_maps(IIA(backbone, steps=1), images[:, :32, :32], CLASSES)
     assert np.isfinite(maps).all()
 
 
@@ -196,9 +196,9 @@ def test_forward_passes_are_what_is_run(name, recipe, passes, images, request):
 
 
 def test_what_does_not_apply_is_refused(cnn, vit):
-    average = Variant(patch_size=8, width=32, depth=3, num_heads=2, pool="average")
-    backbone = ViT("averaging", architecture=average, image_size=32, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="iia follows the class token, which averaging"):
+    average = Architecture(patch_size=8, width=32, depth=3, num_heads=2, pool="average")
+    backbone = ViT("averaging", average, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="iia follows the class token, but averaging"):
         IIA(backbone)
     with pytest.raises(ValueError, match="iia reads a ViT's attention maps, not layer 'blocks.1'"):
         IIA(vit, layer="blocks.1")

@@ -2,8 +2,8 @@ import pytest
 from flax import nnx
 
 from ttame_jax.attention import AttentionMechanism
-from ttame_jax.backbones import load_backbone
 from ttame_jax.methods import list_methods, load_method
+from ttame_jax.weights import load_backbone
 
 
 @pytest.fixture(scope="module")

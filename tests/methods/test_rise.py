@@ -6,8 +6,8 @@ import torch
 from scipy.ndimage import zoom
 
 from benchmarks.methods import torch_model
-from ttame_jax.backbones import load_backbone
-from ttame_jax.methods import RISE, explain
+from ttame_jax.methods import RISE, compute_maps
+from ttame_jax.weights import load_backbone
 
 
 def test_the_same_masks_through_a_pytorch_loop_give_the_same_map():
@@ -25,7 +25,7 @@ def test_the_same_masks_through_a_pytorch_loop_give_the_same_map():
                 expected[b, k] += confidence[b, classes[b, k]] * mask.numpy()
     low, high = (f(expected, axis=(2, 3), keepdims=True) for f in (np.min, np.max))
     with jax.default_matmul_precision("highest"):
-        maps = explain(method, images, classes)
+        maps = compute_maps(method, images, classes)
     np.testing.assert_allclose(maps, (expected - low) / (high - low), atol=1e-4)
 
 

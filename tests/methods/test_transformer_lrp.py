@@ -7,16 +7,18 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from tiny import TINY
 
-from ttame_jax.backbones import load_backbone
-from ttame_jax.backbones.vit import Variant, ViT
+from ttame_jax.backbones.vit import Architecture, ViT
 from ttame_jax.masking import min_max_scale
 from ttame_jax.mesh import AXIS, data_mesh
-from ttame_jax.methods import TransformerLRP, explain
+from ttame_jax.methods import TransformerLRP, compute_maps
 from ttame_jax.methods.transformer_lrp import add, linear, matmul, propagate
 from ttame_jax.methods.vit_blocks import run_block
+from ttame_jax.preprocessing import Preprocessing
+from ttame_jax.weights import load_backbone
 
-SIZES = {"patch_size": 8, "width": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
-REFINED = Variant(
+SIZES: dict = {"patch_size": 8, "width": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
+SIZES["preprocessing"] = Preprocessing(image_size=32, resize_size=32)
+REFINED = Architecture(
     **SIZES,
     activation="quick_gelu",
     qkv_bias=False,
@@ -54,10 +56,7 @@ def images():
 
 
 def build(architecture):
-    backbone = ViT(
-        "tiny", architecture=architecture, image_size=32, dtype="float64", rngs=nnx.Rngs(0)
-    )
-    return randomised(backbone)
+    return randomised(ViT("tiny", architecture, dtype="float64", rngs=nnx.Rngs(0)))
 
 
 CLASSES = np.tile([[0, 3, 4]], (16, 1))
@@ -107,7 +106,7 @@ def test_each_rule_conserves_relevance():
         np.testing.assert_allclose(total, relevance.sum(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("architecture", [Variant(**SIZES), REFINED])
+@pytest.mark.parametrize("architecture", [Architecture(**SIZES), REFINED])
 def test_relevance_is_conserved_from_the_head_to_the_first_block(architecture, images):
     backbone = build(architecture)
 
@@ -132,7 +131,7 @@ def test_relevance_is_conserved_from_the_head_to_the_first_block(architecture, i
     assert np.abs(of_maps).min() > 1e-3
 
 
-@pytest.mark.parametrize("architecture", [Variant(**SIZES), REFINED])
+@pytest.mark.parametrize("architecture", [Architecture(**SIZES), REFINED])
 def test_opened_blocks_compute_what_the_backbone_computes(architecture, images):
     backbone = build(architecture)
 
@@ -178,12 +177,12 @@ def test_one_block_worked_out_by_hand(images):
         of_row = (value / len(x) * relevance / mixed).sum(axis=1) / 2
         return jax.nn.relu(of_row * (value @ slope))[1:].reshape(4, 4)
 
-    maps = explain(TransformerLRP(backbone), images[:1], np.array([[3]]))
+    maps = compute_maps(TransformerLRP(backbone), images[:1], np.array([[3]]))
     np.testing.assert_allclose(maps[0, 0], min_max_scale(by_hand()), atol=1e-5)
 
 
 def test_maps_are_scaled_and_depend_on_the_class(backbone, images):
-    maps = explain(TransformerLRP(backbone), images, CLASSES)
+    maps = compute_maps(TransformerLRP(backbone), images, CLASSES)
     assert maps.shape == (16, 3, 4, 4)
     assert maps.dtype == jnp.float32
     np.testing.assert_allclose(maps.min(axis=(2, 3)), 0, atol=1e-6)
@@ -193,8 +192,8 @@ def test_maps_are_scaled_and_depend_on_the_class(backbone, images):
 
 def test_neither_other_images_nor_other_classes_change_a_map(backbone, images):
     method = TransformerLRP(backbone)
-    together = explain(method, images, CLASSES)
-    alone = explain(method, images[2:3], CLASSES[2:3, 1:2])
+    together = compute_maps(method, images, CLASSES)
+    alone = compute_maps(method, images[2:3], CLASSES[2:3, 1:2])
     np.testing.assert_allclose(together[2, 1], alone[0, 0], atol=1e-5)
 
 
@@ -209,28 +208,30 @@ def test_devices_share_the_images(backbone, images):
         check_vma=False,
     )
     maps = jax.jit(step)(state, images, CLASSES)
-    np.testing.assert_allclose(maps, explain(method, images, CLASSES), atol=1e-5)
+    np.testing.assert_allclose(maps, compute_maps(method, images, CLASSES), atol=1e-5)
 
 
 def test_registers_have_no_place_in_the_map(images):
-    maps = explain(TransformerLRP(build(REFINED)), images, CLASSES)
+    maps = compute_maps(TransformerLRP(build(REFINED)), images, CLASSES)
     assert maps.shape == (16, 3, 4, 4)
     assert np.isfinite(maps).all()
 
 
 def test_a_backbone_in_bfloat16_is_explained(images):
     backbone = load_backbone("vit", **TINY, dtype="bfloat16")
-    maps = explain(TransformerLRP(backbone), images, CLASSES)
+    maps = compute_maps(TransformerLRP(backbone), images, CLASSES)
     assert maps.dtype == jnp.float32
     assert np.isfinite(maps).all()
 
 
 def test_backbones_without_a_class_token_are_refused():
-    with pytest.raises(ValueError, match="^transformer_lrp explains ViTs only; resnet18 is none$"):
+    with pytest.raises(
+        ValueError, match="^transformer_lrp explains only ViTs; resnet18 is not one$"
+    ):
         TransformerLRP(load_backbone("resnet18", image_size=32))
-    average = Variant(**SIZES, class_token=False, pool="average")
-    backbone = ViT("averaging", architecture=average, image_size=32, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="class token, which averaging does not read"):
+    average = Architecture(**SIZES, class_token=False, pool="average")
+    backbone = ViT("averaging", average, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="class token, but averaging averages its patches"):
         TransformerLRP(backbone)
 
 

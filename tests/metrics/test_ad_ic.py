@@ -3,8 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ttame_jax.backbones import Preprocessing
-from ttame_jax.metrics.ad_ic import average_drop, increase_in_confidence, masked_confidences
+from ttame_jax.metrics.ad_ic import average_drop, increase_in_confidence
+from ttame_jax.metrics.confidence import masked_confidences
+from ttame_jax.metrics.selection import relevance_rank
+from ttame_jax.preprocessing import Preprocessing
 
 PREPROCESSING = Preprocessing(mean=(0, 0, 0), std=(1, 1, 1))  # standardising changes nothing
 
@@ -26,8 +28,9 @@ def test_values_worked_out_by_hand():
 def test_only_the_top_pixels_stay_with_their_values():
     images = jnp.ones((1, 2, 2, 3))
     maps = jnp.array([[[1.0, 0.5], [0.25, 0.0]]])
+    ranks, percentages = relevance_rank(maps), (100, 50, 25, 15)
     result = masked_confidences(
-        brightness, images, maps, jnp.array([1]), PREPROCESSING, "pixel", (100, 50, 25, 15)
+        brightness, images, maps, ranks, jnp.array([1]), PREPROCESSING, "pixel", percentages
     )
     np.testing.assert_allclose(result, [[1.75 / 4, 1.5 / 4, 1 / 4, 0]])
 
@@ -46,10 +49,10 @@ def test_equals_a_plain_numpy_version_on_random_and_quantised_maps(masking):
     def predict(standardised):
         return jax.nn.softmax(standardised.reshape(len(standardised), -1) @ weights)
 
-    percentages = (100, 50, 15, 3)
+    ranks, percentages = relevance_rank(maps), (100, 50, 15, 3)
     with jax.default_matmul_precision("highest"):
         ours = masked_confidences(
-            predict, images, maps, jnp.asarray(classes), preprocessing, masking, percentages
+            predict, images, maps, ranks, jnp.asarray(classes), preprocessing, masking, percentages
         )
     mean, std = np.float32(preprocessing.mean), np.float32(preprocessing.std)
     for j, percent in enumerate(percentages):

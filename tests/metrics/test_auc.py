@@ -4,6 +4,7 @@ import numpy as np
 from scipy.ndimage import convolve
 
 from ttame_jax.metrics.auc import blur, deletion, insertion
+from ttame_jax.metrics.selection import relevance_rank
 
 
 def left_brightness(images):
@@ -19,8 +20,9 @@ CLASSES = jnp.array([1])
 def test_deleting_what_matters_first_gives_the_area_worked_out_by_hand():
     """Eight of sixteen pixels matter; deleted first, the confidence falls to 0 half-way."""
     left = jnp.array([[[1.0, 1, 0, 0]] * 4])
-    np.testing.assert_allclose(deletion(left_brightness, IMAGES, left, CLASSES, 16), 0.25)
-    np.testing.assert_allclose(deletion(left_brightness, IMAGES, -left, CLASSES, 16), 0.75)
+    for maps, expected in ((left, 0.25), (-left, 0.75)):
+        area = deletion(left_brightness, IMAGES, relevance_rank(maps), CLASSES, 16)
+        np.testing.assert_allclose(area, expected)
 
 
 def test_inserting_what_matters_first_is_better():
@@ -34,8 +36,8 @@ def test_inserting_what_matters_first_is_better():
     images = jnp.asarray(1 + rng.uniform(0, 3, (1, 8, 8, 1)), jnp.float32)
     images = images.at[:, ::2].set(1.0)
     left = jnp.asarray(np.tile(np.arange(8) < 4, (1, 8, 1)), jnp.float32)
-    good = insertion(predict, images, left, CLASSES, 32)
-    bad = insertion(predict, images, -left, CLASSES, 32)
+    good = insertion(predict, images, relevance_rank(left), CLASSES, 32)
+    bad = insertion(predict, images, relevance_rank(-left), CLASSES, 32)
     assert good > bad
 
 

@@ -6,12 +6,14 @@ from jax.sharding import Mesh
 from tiny import TINY
 
 from ttame_jax import AttentionMechanism, load_backbone
-from ttame_jax.data import load_source
+from ttame_jax.data import evaluation_batches, load_source
+from ttame_jax.masking import upsample
 from ttame_jax.methods import TTAME
 from ttame_jax.metrics import evaluation
 from ttame_jax.metrics.evaluation import Evaluator, intervals, summarise
+from ttame_jax.preprocessing import to_float
 
-MEASURES = ("ad", "ic", "road", "road_reference", "insertion", "deletion")
+METRICS = ("ad", "ic", "road", "road_reference", "insertion", "deletion")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def source(pictures):
 
 @pytest.fixture(scope="module")
 def rows(method, source):
-    return Evaluator(method, source, measures=MEASURES, batch_size=8)()
+    return Evaluator(method, source, metrics=METRICS, batch_size=8)()
 
 
 def test_every_image_has_one_row(rows, source):
@@ -43,30 +45,30 @@ def test_neither_devices_nor_batches_change_the_result(rows, method, source, mon
         return Mesh(np.array(jax.devices()[:1]), ("data",))
 
     monkeypatch.setattr(evaluation, "data_mesh", one_device)
-    alone = Evaluator(method, source, measures=MEASURES, batch_size=5)()
+    alone = Evaluator(method, source, metrics=METRICS, batch_size=5)()
     for name, values in rows.items():
         np.testing.assert_allclose(alone[name], values, atol=1e-4)
 
 
 def test_chosen_images_have_the_rows_that_they_have_among_all(rows, method, source):
-    chosen = Evaluator(method, source, measures=("ad",), indices=[17, 3], batch_size=8)()
+    chosen = Evaluator(method, source, metrics=("ad",), indices=[17, 3], batch_size=8)()
     np.testing.assert_array_equal(chosen["index"], [17, 3])
     np.testing.assert_allclose(chosen["masked"], rows["masked"][[17, 3]], atol=1e-5)
 
 
 def test_other_arrays_can_stand_in_for_the_methods_own(method, source):
-    evaluator = Evaluator(method, source, measures=("ad",), indices=[0, 1], batch_size=8)
+    evaluator = Evaluator(method, source, metrics=("ad",), indices=[0, 1], batch_size=8)
     other = AttentionMechanism([32] * 3, 5, rngs=nnx.Rngs(9))
     state = nnx.State({"backbone": nnx.state(method.backbone), "attention": nnx.state(other)})
     expected = Evaluator(
-        TTAME(method.backbone, other), source, measures=("ad",), indices=[0, 1], batch_size=8
+        TTAME(method.backbone, other), source, metrics=("ad",), indices=[0, 1], batch_size=8
     )()
     np.testing.assert_allclose(evaluator(state)["masked"], expected["masked"], atol=1e-6)
     assert np.abs(evaluator()["masked"] - expected["masked"]).max() > 1e-4
 
 
 def test_summary_has_the_promised_keys_and_intervals_around_its_means(rows):
-    summary = summarise(rows, MEASURES)
+    summary = summarise(rows, METRICS)
     assert list(summary["AD"]) == list(summary["IC"]) == ["100", "50", "15"]
     tens = [str(v) for v in range(10, 100, 10)]
     assert list(summary["ROAD"]["MoRF"]) == list(summary["ROAD"]["LeRF"]) == ["mean", *tens]
@@ -74,7 +76,7 @@ def test_summary_has_the_promised_keys_and_intervals_around_its_means(rows):
     np.testing.assert_allclose(
         summary["ROAD"]["MoRF"]["mean"], 100 * rows["road_morf"].mean(), rtol=1e-5
     )
-    low_high = intervals(rows, MEASURES, resamples=200)
+    low_high = intervals(rows, METRICS, resamples=200)
     for mean, (low, high) in zip(
         jax.tree.leaves(summary),
         jax.tree.leaves(low_high, is_leaf=lambda x: isinstance(x, list)),
@@ -83,19 +85,43 @@ def test_summary_has_the_promised_keys_and_intervals_around_its_means(rows):
         assert low <= mean <= high
 
 
-def test_pointing_needs_boxes_and_reads_them(method, source):
-    with pytest.raises(ValueError, match="has no boxes: leave out the measure 'pointing'"):
-        Evaluator(method, source, measures=("pointing",))
+def test_figures_are_the_summary_under_flat_names(method, source, rows):
+    evaluator = Evaluator(method, source, metrics=("ic", "ad", "deletion"), batch_size=8)
+    figures = evaluator.figures()
+    percentages = ("100", "50", "15")
+    names = [f"{key}_{percent}" for key in ("AD", "IC") for percent in percentages]
+    assert list(figures) == [*names, "deletion_mean"]
+    assert figures["AD_15"] == pytest.approx(summarise(rows, METRICS)["AD"]["15"], abs=1e-3)
+    other = AttentionMechanism([32] * 3, 5, rngs=nnx.Rngs(9))
+    state = nnx.State({"backbone": nnx.state(method.backbone), "attention": nnx.state(other)})
+    assert evaluator.figures(state) != figures
+
+
+def test_metrics_that_need_boxes_are_refused_without(method, source):
+    for name in ("pointing", "energy"):
+        message = f"{source} has no boxes: remove the metric '{name}'"
+        with pytest.raises(ValueError, match=message):
+            Evaluator(method, source, metrics=("ad", name))
+
+
+def test_pointing_and_energy_read_the_boxes_of_their_own_images():
     digits = load_source("digits", "test[:12]")
-    digits_method = TTAME(
-        load_backbone("digits_vit"), AttentionMechanism([64] * 3, 10, rngs=nnx.Rngs(0))
-    )
-    rows = Evaluator(digits_method, digits, measures=("pointing",), batch_size=8)()
-    hits = []
+    backbone = load_backbone("digits_vit")
+    method = TTAME(backbone, AttentionMechanism([64] * 3, 10, rngs=nnx.Rngs(0)))
+    rows = Evaluator(method, digits, metrics=("pointing", "energy"), batch_size=8)()
+    (batch,) = evaluation_batches(digits, backbone.preprocessing, 12)
+    maps = nnx.jit(type(method).__call__)(method, to_float(batch["image"]), rows["class"][:, None])[
+        :, 0
+    ]
+    maps = np.asarray(upsample(maps, (64, 64)))
     for i in range(12):
-        top, left, bottom, right = digits[i]["box"]
-        only = Evaluator(digits_method, digits, measures=("pointing",), indices=[i], batch_size=8)
-        hits.append(bool(only()["pointing"][0]))
-        assert 0 <= top < bottom <= 1 and 0 <= left < right <= 1
-    assert rows["pointing"].tolist() == hits
-    assert summarise(rows, ("pointing",))["pointing"]["mean"] == pytest.approx(100 * np.mean(hits))
+        (box,) = digits[i]["boxes"]
+        top, left, bottom, right = (64 * box).astype(int)  # edges of pixels
+        y, x = divmod(maps[i].argmax(), 64)
+        assert rows["pointing"][i] == (top <= y < bottom and left <= x < right)
+        energy = maps[i, top:bottom, left:right].sum() / maps[i].sum()
+        assert rows["energy"][i] == pytest.approx(energy, abs=1e-5)
+    assert 0 < rows["pointing"].sum() < 12
+    summary = summarise(rows, ("pointing", "energy"))
+    assert summary["pointing"]["mean"] == pytest.approx(100 * rows["pointing"].mean())
+    assert summary["energy"]["mean"] == pytest.approx(100 * rows["energy"].mean())

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from convert.torch_import import import_torchvision
+from ttame_jax.convert.pytorch.torch_import import import_torchvision
 from ttame_jax.metrics import imputation
 from ttame_jax.metrics.imputation import RESIDUAL, noisy_linear_imputation, relative_residual
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,12 +7,19 @@ import pytest
 from flax import nnx
 from real_images import read_images
 
-from convert.torch_import import import_torchvision
 from ttame_jax import load_backbone
-from ttame_jax.metrics.road import PROTOCOLS, Protocol, confidence, road, unchanged
+from ttame_jax.convert.pytorch.torch_import import import_torchvision
+from ttame_jax.metrics.confidence import confidence
+from ttame_jax.metrics.road import PROTOCOLS, Protocol, road, unchanged
+from ttame_jax.metrics.selection import relevance_rank
 
 KEY = jax.random.key(0)
-measure = jax.jit(road, static_argnames=("predict", "protocol"))
+
+
+@functools.partial(jax.jit, static_argnames=("predict", "protocol"))
+def measure(predict, images, maps, classes, indices, key, protocol=PROTOCOLS["paper"]):
+    orders = relevance_rank(maps), relevance_rank(-maps)
+    return road(predict, images, *orders, classes, indices, key, protocol)
 
 
 def example(batch=3, size=20, seed=0):
@@ -94,7 +103,7 @@ def test_reference_protocol_is_the_share_of_unchanged_predictions():
 def test_maps_of_another_size_are_refused():
     images, maps, classes = example()
     with pytest.raises(ValueError, match="resize"):
-        road(brightest_channel, images, maps[:, ::2, ::2], classes, np.arange(3), KEY)
+        measure(brightest_channel, images, maps[:, ::2, ::2], classes, np.arange(3), KEY)
 
 
 def package_scores(shared, images, maps, classes, percentages):
@@ -140,7 +149,8 @@ def test_equals_the_package_on_real_images_within_half_a_point(shared):
             return jax.nn.softmax(backbone(imputed)[0])
 
         indices = jnp.arange(len(images))
-        return road(predict, images, maps, classes, indices, KEY, protocol), maps, classes
+        orders = relevance_rank(maps), relevance_rank(-maps)
+        return road(predict, images, *orders, classes, indices, KEY, protocol), maps, classes
 
     got, maps, classes = explain_and_measure(state, images)
     maps = np.array(maps)

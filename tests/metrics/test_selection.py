@@ -2,7 +2,11 @@ import jax
 import numpy as np
 import pytest
 
-from ttame_jax.metrics.selection import pixel_count, top_mask
+from ttame_jax.metrics.selection import pixel_count, relevance_rank
+
+
+def top_mask(maps, percent):
+    return relevance_rank(maps) < pixel_count(percent, maps[0].size)
 
 
 def test_count_is_the_largest_within_the_share():

@@ -14,12 +14,14 @@ from launch import Launcher, fellows, train_command
 from tiny import TINY
 
 from ttame_jax.cli import main
+from ttame_jax.config import TrainConfig, command
+from ttame_jax.experiments.train import train
 from ttame_jax.losses import LossConfig
 from ttame_jax.mesh import AXIS, data_mesh
+from ttame_jax.runs import load_config
 from ttame_jax.training import batch_size, loop
 from ttame_jax.training.batch_size import largest_batch, usable_memory
-from ttame_jax.training.config import TrainConfig, command, load_config
-from ttame_jax.training.loop import Run, train
+from ttame_jax.training.loop import Run
 
 FLOATS = 1000  # of an image in the programs below
 

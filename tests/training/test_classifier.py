@@ -1,8 +1,8 @@
 import numpy as np
 
-from ttame_jax.backbones import load_backbone
 from ttame_jax.data import load_source
 from ttame_jax.training.classifier import accuracy, train_classifier
+from ttame_jax.weights import load_backbone
 
 
 def test_a_classifier_learns_digits():

@@ -10,9 +10,9 @@ import pytest
 from launch import ROOT, train_command
 from tiny import TINY
 
+from ttame_jax.config import TrainConfig
+from ttame_jax.experiments.train import train
 from ttame_jax.startup import use_compilation_cache
-from ttame_jax.training.config import TrainConfig
-from ttame_jax.training.loop import train
 
 
 @pytest.fixture

@@ -4,8 +4,9 @@ import os
 import pytest
 
 from ttame_jax.cli import main
+from ttame_jax.config import TrainConfig
+from ttame_jax.runs import load_config
 from ttame_jax.training import loop
-from ttame_jax.training.config import TrainConfig, load_config
 
 
 @pytest.mark.parametrize("bucket", [False, True])

@@ -14,11 +14,11 @@ from launch import Launcher, fellows, free_port, train_command, wait_for_steps
 from tiny import TINY
 
 from ttame_jax import load_explainer
+from ttame_jax.config import TrainConfig
 from ttame_jax.data import load_source
+from ttame_jax.experiments.train import train
 from ttame_jax.methods import TTAME
 from ttame_jax.metrics.evaluation import Evaluator
-from ttame_jax.training.config import TrainConfig
-from ttame_jax.training.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ with joined(Processes(address, 2, int(index), 10)):
     explainer = load_explainer(run)
     method = TTAME(explainer.backbone, explainer.attention)
     source = load_source(dataset, "validation")
-    evaluator = Evaluator(method, source, measures=("ad", "ic", "road"), batch_size=8)
+    evaluator = Evaluator(method, source, metrics=("ad", "ic", "road"), batch_size=8)
     rows = evaluator()
     text = json.dumps({name: values.tolist() for name, values in rows.items()})
     Path(output, f"{jax.process_index()}.json").write_text(text)
@@ -188,7 +188,7 @@ def test_evaluation_by_two_processes_gives_the_figures_of_one(whole, pictures, t
     explainer = load_explainer(whole)
     source = load_source(f"folder:{pictures}", "validation")
     method = TTAME(explainer.backbone, explainer.attention)
-    expected = Evaluator(method, source, measures=MEASURES, batch_size=8)()
+    expected = Evaluator(method, source, metrics=MEASURES, batch_size=8)()
     for i in range(2):
         rows = json.loads((tmp_path / f"{i}.json").read_text())
         assert rows.keys() == expected.keys()

@@ -12,11 +12,16 @@ from flax import nnx
 from tiny import TINY
 
 from ttame_jax import load_explainer
+from ttame_jax.config import TrainConfig
+from ttame_jax.experiments.train import train
 from ttame_jax.losses import LossConfig
-from ttame_jax.training.checkpoints import load_attention, save_attention
-from ttame_jax.training.config import TrainConfig, load_config
-from ttame_jax.training.loop import train
-from ttame_jax.training.models import build_attention, build_backbone
+from ttame_jax.runs import (
+    build_attention,
+    build_backbone,
+    load_attention,
+    load_config,
+    save_attention,
+)
 
 
 @pytest.fixture

@@ -9,12 +9,13 @@ from jax.sharding import Mesh
 from tiny import TINY
 
 from ttame_jax.attention import AttentionMechanism
-from ttame_jax.backbones import base, load_backbone
+from ttame_jax.backbones import base
 from ttame_jax.losses import LossConfig, cross_entropy, total_loss
 from ttame_jax.masking import mask_images, upsample
 from ttame_jax.mesh import replicate, shard_batch
 from ttame_jax.training.optimizer import OneCycle, one_cycle_sgd
 from ttame_jax.training.step import _compiler_options, initial_state, make_train_step
+from ttame_jax.weights import load_backbone
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
 

@@ -1,6 +1,28 @@
-"""The frozen classifiers: VGG, ResNet, ViT and SqueezeNet."""
+"""The frozen classifiers, one file per family."""
 
-from .base import Backbone, Preprocessing
-from .registry import list_backbones, load_backbone, save_backbone
+from . import efficientnet, resnet, squeezenet, vgg, vit
+from .base import Architecture, Backbone
+from .family import Family
 
-__all__ = ["Backbone", "Preprocessing", "list_backbones", "load_backbone", "save_backbone"]
+FAMILIES: tuple[Family, ...] = (
+    vgg.FAMILY,
+    resnet.FAMILY,
+    vit.FAMILY,
+    squeezenet.FAMILY,
+    efficientnet.FAMILY,
+)
+
+
+def family_of(backbone: Backbone) -> Family:
+    """The record of a backbone's family.
+
+    Raises:
+      ValueError: the backbone belongs to none of `FAMILIES`.
+    """
+    for family in FAMILIES:
+        if family.backbone is type(backbone):
+            return family
+    raise ValueError(f"{backbone.name} belongs to no family of this project")
+
+
+__all__ = ["FAMILIES", "Architecture", "Backbone", "Family", "family_of"]

@@ -1,31 +1,35 @@
-"""ResNet (He et al., 2016, arXiv:1512.03385); bottlenecks stride in their 3x3 convolution, as
-torchvision's and timm's do (ResNet v1.5)."""
+"""ResNet (He et al., 2016, arXiv:1512.03385) and ResNeXt. Bottlenecks have their stride in the 3x3
+convolution, as in torchvision and timm (ResNet v1.5)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .base import DIGITS, IMAGENET, Backbone, Preprocessing, chain
-from .layers import Conv, FrozenBatchNorm, classify, max_pool
+from ttame_jax.compilers import max_pool
+from ttame_jax.preprocessing import DIGITS
+
+from . import base
+from .base import Backbone, chain
+from .family import AuthorsCode, Family, Timm, Torchvision
+from .layers import Conv, FrozenBatchNorm, classify
+from .tensors import CONV, LINEAR, Table, batch_norm, weights
 
 
-@dataclass(frozen=True)
-class Variant:
+@dataclass(frozen=True, kw_only=True)
+class Architecture(base.Architecture):
     """Kind and number of blocks in each of the four layers, and timm's refinements."""
 
     block: Literal["basic", "bottleneck"]
     depths: tuple[int, int, int, int]
     widths: tuple[int, int, int, int] = (64, 128, 256, 512)
-    stem: tuple[int, ...] = (64,)  # one 7x7 convolution, or three of 3x3, of these widths
+    stem: tuple[int, ...] = (64,)  # widths of one 7x7 convolution, or of three 3x3 ones
     groups: int = 1  # of a bottleneck's 3x3 convolution (ResNeXt)
-    base_width: int = 64  # its channels a group, where the layer is 64 wide (Wide ResNet)
+    base_width: int = 64  # its channels per group where the layer is 64 wide (Wide ResNet)
     average_down: bool = False  # shortcuts average, then convolve without stride (ResNet-D)
-    num_classes: int = 1000
-    preprocessing: Preprocessing = IMAGENET
 
 
 class ConvNorm(nnx.Module):
@@ -68,12 +72,14 @@ class BasicBlock(nnx.Module):
     expansion = 1
     num_convs = 2
 
-    def __init__(self, in_features: int, width: int, stride: int, variant: Variant, **options):
+    def __init__(
+        self, in_features: int, width: int, stride: int, architecture: Architecture, **options
+    ):
         self.conv1 = Conv(in_features, width, (3, 3), strides=stride, padding=1, **options)
         self.bn1 = FrozenBatchNorm(width)
         self.conv2 = Conv(width, width, (3, 3), padding=1, **options)
         self.bn2 = FrozenBatchNorm(width)
-        self.downsample = _shortcut(in_features, width, stride, variant, options)
+        self.downsample = _shortcut(in_features, width, stride, architecture, options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -88,10 +94,12 @@ class Bottleneck(nnx.Module):
     expansion = 4
     num_convs = 3
 
-    def __init__(self, in_features: int, width: int, stride: int, variant: Variant, **options):
+    def __init__(
+        self, in_features: int, width: int, stride: int, architecture: Architecture, **options
+    ):
         out_features = self.expansion * width
-        groups = variant.groups
-        inner = width * variant.base_width // 64 * groups
+        groups = architecture.groups
+        inner = width * architecture.base_width // 64 * groups
         self.conv1 = Conv(in_features, inner, (1, 1), **options)
         self.bn1 = FrozenBatchNorm(inner)
         self.conv2 = Conv(
@@ -106,7 +114,7 @@ class Bottleneck(nnx.Module):
         self.bn2 = FrozenBatchNorm(inner)
         self.conv3 = Conv(inner, out_features, (1, 1), **options)
         self.bn3 = FrozenBatchNorm(out_features)
-        self.downsample = _shortcut(in_features, out_features, stride, variant, options)
+        self.downsample = _shortcut(in_features, out_features, stride, architecture, options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -115,83 +123,58 @@ class Bottleneck(nnx.Module):
         return nnx.relu(self.bn3(self.conv3(x)) + shortcut)
 
 
-def _shortcut(in_features, out_features, stride, variant, options) -> Downsample | None:
+def _shortcut(in_features, out_features, stride, architecture, options) -> Downsample | None:
     if stride == 1 and in_features == out_features:
         return None
-    return Downsample(in_features, out_features, stride, variant.average_down, **options)
+    return Downsample(in_features, out_features, stride, architecture.average_down, **options)
 
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
-
-VARIANTS = {
-    "resnet18": Variant("basic", (2, 2, 2, 2)),
-    "resnet34": Variant("basic", (3, 4, 6, 3)),
-    "resnet50": Variant("bottleneck", (3, 4, 6, 3)),
-    "resnet101": Variant("bottleneck", (3, 4, 23, 3)),
-    "resnet152": Variant("bottleneck", (3, 8, 36, 3)),
-    "digits_cnn": Variant(
-        "basic",
-        (1, 1, 1, 1),
-        widths=(16, 32, 64, 128),
-        stem=(16,),
-        num_classes=10,
-        preprocessing=DIGITS,
-    ),
-}
 
 
 class ResNet(Backbone):
     """Feature maps: the last three of the four layers."""
 
+    architecture: Architecture
+
     def __init__(
         self,
         name: str,
+        architecture: Architecture,
         *,
-        num_classes: int | None = None,
-        preprocessing: Preprocessing | None = None,
-        image_size: int | None = None,
-        architecture: Variant | None = None,
+        features: str | None = None,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        variant = architecture or VARIANTS[name]
-        super().__init__(
-            name,
-            num_classes or variant.num_classes,
-            preprocessing or variant.preprocessing,
-            image_size,
-            dtype,
-            architecture,
-        )
-        self.variant = variant
-        ends = tuple(f"layers.{i}.{depth - 1}" for i, depth in enumerate(variant.depths))
+        super().__init__(name, architecture, features=features, dtype=dtype)
+        ends = tuple(f"layers.{i}.{depth - 1}" for i, depth in enumerate(architecture.depths))
         self.feature_layers, self.target_layer = ends[-3:], ends[-1]
-        options = {"use_bias": False, "dtype": self.dtype, "rngs": rngs}
-        features, self.stem = 3, nnx.List()
-        for width in variant.stem[:-1]:
-            self.stem.append(ConvNorm(features, width, 3, 1 if self.stem else 2, **options))
-            features = width
+        options: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "rngs": rngs}
+        channels, self.stem = 3, nnx.List()
+        for width in architecture.stem[:-1]:
+            self.stem.append(ConvNorm(channels, width, 3, 1 if self.stem else 2, **options))
+            channels = width
         kernel, stride = (3, 1) if self.stem else (7, 2)
         self.conv1 = Conv(
-            features,
-            variant.stem[-1],
+            channels,
+            architecture.stem[-1],
             (kernel, kernel),
             strides=stride,
             padding=kernel // 2,
             **options,
         )
-        features = variant.stem[-1]
-        self.bn1 = FrozenBatchNorm(features)
+        channels = architecture.stem[-1]
+        self.bn1 = FrozenBatchNorm(channels)
         self.layers = nnx.List()
-        block = BLOCKS[variant.block]
-        for i, (depth, width) in enumerate(zip(variant.depths, variant.widths)):
+        block = BLOCKS[architecture.block]
+        for i, (depth, width) in enumerate(zip(architecture.depths, architecture.widths)):
             layer = nnx.List()
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
-                layer.append(block(features, width, stride, variant, **options))
-                features = width * block.expansion
+                layer.append(block(channels, width, stride, architecture, **options))
+                channels = width * block.expansion
             self.layers.append(layer)
-        self.fc = nnx.Linear(features, self.num_classes, dtype=jnp.float32, rngs=rngs)
+        self.fc = nnx.Linear(channels, self.num_classes, dtype=jnp.float32, rngs=rngs)
 
     @property
     def class_weights(self):
@@ -203,12 +186,117 @@ class ResNet(Backbone):
             for i, layer in enumerate(self.layers)
             for j, block in enumerate(layer)
         ]
-        return chain([("stem", self._begin), *blocks, ("head", self._classify)])
+        return chain([("stem", self._stem), *blocks, ("head", self._classify)])
 
-    def _begin(self, x):
+    def _stem(self, x):
         for convolution in self.stem:
             x = nnx.relu(convolution(x))
         return max_pool(nnx.relu(self.bn1(self.conv1(x))), 3, 2, (1, 1))
 
     def _classify(self, x, classes=None):
         return classify(self.fc, x.astype(jnp.float32).mean(axis=(1, 2)), classes)
+
+
+def _torchvision_tensors(backbone: ResNet) -> Table:
+    return _tensors(backbone, "conv1", "downsample.0", "downsample.1")
+
+
+def _timm_tensors(backbone: ResNet) -> Table:
+    # A stem of several convolutions is one flat list: convolution, norm, ReLU, convolution, ...
+    table = []
+    for i in range(len(backbone.stem)):
+        table += weights(f"conv1.{3 * i}", f"stem.{i}.conv", CONV, bias=False)
+        table += batch_norm(f"conv1.{3 * i + 1}", f"stem.{i}.bn")
+    last = f"conv1.{3 * len(backbone.stem)}" if backbone.stem else "conv1"
+    first = int(backbone.architecture.average_down)  # pooling comes first in the shortcut's list
+    return table + _tensors(backbone, last, f"downsample.{first}", f"downsample.{first + 1}")
+
+
+def _tensors(backbone: ResNet, conv1: str, down_conv: str, down_norm: str) -> Table:
+    table = weights(conv1, "conv1", CONV, bias=False) + batch_norm("bn1", "bn1")
+    for i, layer in enumerate(backbone.layers, 1):
+        for j, block in enumerate(layer):
+            torch, flax = f"layer{i}.{j}", f"layers.{i - 1}.{j}"
+            for k in range(1, 1 + block.num_convs):
+                table += weights(f"{torch}.conv{k}", f"{flax}.conv{k}", CONV, bias=False)
+                table += batch_norm(f"{torch}.bn{k}", f"{flax}.bn{k}")
+            if block.downsample is not None:
+                flax = f"{flax}.downsample"
+                table += weights(f"{torch}.{down_conv}", f"{flax}.conv", CONV, bias=False)
+                table += batch_norm(f"{torch}.{down_norm}", f"{flax}.bn")
+    return table + weights("fc", "fc", LINEAR)
+
+
+def _feature_nodes(backbone: ResNet) -> list[str]:
+    return ["layer2", "layer3", "layer4"]
+
+
+def _refusals(module):
+    pool = type(module.maxpool).__name__
+    if pool != "MaxPool2d":
+        yield f"pools its stem by {pool}"
+
+
+def _read(module) -> dict[str, Any]:
+    layers = (module.layer1, module.layer2, module.layer3, module.layer4)
+    block = layers[0][0]
+    stem = [module.conv1] if hasattr(module.conv1, "weight") else module.conv1
+    fields = {
+        "block": type(block).__name__.lower().removesuffix("block"),
+        "depths": tuple(len(layer) for layer in layers),
+        "widths": tuple(layer[0].bn2.num_features for layer in layers),
+        "stem": tuple(layer.out_channels for layer in stem if hasattr(layer, "out_channels")),
+        "average_down": len(layers[1][0].downsample) == 3,
+    }
+    if hasattr(block, "conv3"):
+        groups, expansion = block.conv2.groups, block.expansion
+        widths = tuple(layer[0].conv3.out_channels // expansion for layer in layers)
+        base_width = 64 * block.conv2.out_channels // groups // widths[0]
+        fields |= {"widths": widths, "groups": groups, "base_width": base_width}
+    return fields
+
+
+PUBLISHED = {
+    "resnet18": Architecture(block="basic", depths=(2, 2, 2, 2)),
+    "resnet34": Architecture(block="basic", depths=(3, 4, 6, 3)),
+    "resnet50": Architecture(block="bottleneck", depths=(3, 4, 6, 3)),
+    "resnet101": Architecture(block="bottleneck", depths=(3, 4, 23, 3)),
+    "resnet152": Architecture(block="bottleneck", depths=(3, 8, 36, 3)),
+}
+DIGITS_CNN = Architecture(
+    block="basic",
+    depths=(1, 1, 1, 1),
+    widths=(16, 32, 64, 128),
+    stem=(16,),
+    num_classes=10,
+    preprocessing=DIGITS,
+)
+
+FAMILY = Family(
+    backbone=ResNet,
+    architecture=Architecture,
+    architectures={**PUBLISHED, "digits_cnn": DIGITS_CNN},
+    torchvision=Torchvision(
+        models={name: name for name in PUBLISHED},
+        tensors=_torchvision_tensors,
+        feature_nodes=_feature_nodes,
+        target_node=lambda backbone: f"layer4.{backbone.architecture.depths[-1] - 1}",
+    ),
+    timm=Timm(
+        models={
+            "resnet18": "resnet18.a1_in1k",
+            "resnet34": "resnet34.a1_in1k",
+            "resnet50": "resnet50.a1_in1k",
+            "resnet101": "resnet101.a1h_in1k",
+            "resnet152": "resnet152.a1h_in1k",
+        },
+        tensors=_timm_tensors,
+        feature_nodes=_feature_nodes,
+        module="ResNet",
+        files=("resnet",),
+        layers=frozenset(["BasicBlock", "Bottleneck", "MaxPool2d", "AvgPool2d"]),
+        read=_read,
+        refusals=_refusals,
+    ),
+    authors=AuthorsCode(nodes=_feature_nodes),
+)

@@ -1,9 +1,9 @@
 """Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929) with timm's plain refinements:
 register tokens, no class token, LayerScale, CLIP's first LayerNorm."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from math import isqrt, pi, sqrt
+import re
+from dataclasses import dataclass
+from math import isqrt
 from typing import Any, Literal
 
 import jax
@@ -12,13 +12,19 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .base import DIGITS, IMAGENET, Backbone, Preprocessing, State, chain
+from ttame_jax.compilers import attend, gelu
+from ttame_jax.preprocessing import DIGITS, Preprocessing
+
+from . import base
+from .base import Backbone, State, chain
+from .family import AuthorsCode, Call, Family, Timm, Torchvision
 from .layers import classify
+from .tensors import CONV, LINEAR, SAME, Entry, Table, layer_norm, weights
 
 
-@dataclass(frozen=True)
-class Variant:
-    """Sizes, and what timm's models differ in; the defaults are the original's (ViT-S)."""
+@dataclass(frozen=True, kw_only=True)
+class Architecture(base.Architecture):
+    """Sizes, and what timm's models differ in. The defaults are the original's (ViT-S)."""
 
     patch_size: int = 16
     width: int = 384
@@ -30,36 +36,17 @@ class Variant:
     qkv_bias: bool = True
     patch_bias: bool = True
     class_token: bool = True
-    registers: int = 0  # further tokens between the class token and the patches
-    embed_prefix: bool = True  # class token and registers have position embeddings too
+    registers: int = 0  # number of tokens between the class token and the patches
+    embed_prefix: bool = True  # whether class token and registers have position embeddings
     pre_norm: bool = False  # a LayerNorm before the first block
-    layer_scale: bool = False  # a learned factor a channel on each residual branch
+    layer_scale: bool = False  # a learned factor per channel on each residual branch
     pool: Literal["token", "average"] = "token"  # what the head reads: class token or patches
     norm_after_pool: bool = False
-    num_classes: int = 1000
-    preprocessing: Preprocessing = IMAGENET
 
-
-VARIANTS = {
-    "vit_ti16": Variant(width=192, num_heads=3),
-    "vit_s16": Variant(),
-    "vit_b16": Variant(width=768, num_heads=12),
-    "vit_b32": Variant(patch_size=32, width=768, num_heads=12),
-    "vit_l16": Variant(
-        width=1024, depth=24, num_heads=16, preprocessing=Preprocessing(resize_size=242)
-    ),
-    "vit": Variant(preprocessing=Preprocessing(resize_size=224)),
-    "digits_vit": Variant(
-        patch_size=8,
-        width=64,
-        depth=4,
-        num_heads=4,
-        num_classes=10,
-        preprocessing=DIGITS,
-    ),
-}
-
-ARCHITECTURE = ("patch_size", "width", "depth", "num_heads")  # what only the free ViT takes
+    @property
+    def hidden_width(self) -> int:
+        """Width inside the MLP."""
+        return self.mlp_width or 4 * self.width
 
 
 class Attention(nnx.Module):
@@ -76,42 +63,6 @@ class Attention(nnx.Module):
         return self.proj(attend(qkv).reshape(batch, tokens, width))
 
 
-def attend(qkv: jax.Array) -> jax.Array:
-    """Softmax attention of every head: queries, keys, values [B, N, 3, h, d] -> [B, N, h, d]."""
-    if _has_cudnn_attention(qkv):
-        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-    # Heads first, the matrix products need no further transposes: on CPU, a seventh quicker.
-    query, key, value = qkv.transpose(2, 0, 3, 1, 4)
-    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5).astype(qkv.dtype)
-    return (weights @ value).swapaxes(1, 2)
-
-
-def _has_cudnn_attention(qkv: jax.Array) -> bool:
-    return (
-        jax.default_backend() == "gpu"
-        and qkv.dtype in (jnp.bfloat16, jnp.float16)
-        and qkv.shape[-1] % 8 == 0
-        and qkv.shape[-1] <= 128
-    )
-
-
-@jax.custom_jvp
-def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU. Its derivative is written out because JAX 0.12 fails at the one of the error
-    function inside of `jax.shard_map`."""
-    return nnx.gelu(x, approximate=False)
-
-
-@gelu.defjvp
-def _gelu_jvp(primals, tangents):
-    (x,), (tangent,) = primals, tangents
-    cumulative = 0.5 * jax.lax.erfc(-sqrt(0.5) * x)
-    density = jnp.exp(-0.5 * x * x) / sqrt(2 * pi)
-    return gelu(x), (cumulative + x * density) * tangent
-
-
 ACTIVATIONS = {
     "gelu": gelu,
     "quick_gelu": lambda x: x * nnx.sigmoid(1.702 * x),
@@ -119,29 +70,29 @@ ACTIVATIONS = {
 
 
 class MLP(nnx.Module):
-    """[B, N, D] -> [B, N, D], wider inside."""
+    """Two linear layers with an activation between them, [B, N, D] -> [B, N, D]."""
 
-    def __init__(self, variant: Variant, **options):
-        inner = variant.mlp_width or 4 * variant.width
-        self.fc1 = nnx.Linear(variant.width, inner, **options)
-        self.fc2 = nnx.Linear(inner, variant.width, **options)
-        self.activation = variant.activation
+    def __init__(self, architecture: Architecture, **options):
+        inner = architecture.hidden_width
+        self.fc1 = nnx.Linear(architecture.width, inner, **options)
+        self.fc2 = nnx.Linear(inner, architecture.width, **options)
+        self.activation = architecture.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
 
 class Block(nnx.Module):
-    """Encoder block, [B, N, D] -> [B, N, D], in two steps: its first LayerNorm, and the rest."""
+    """Encoder block, [B, N, D] -> [B, N, D], in two steps: the first LayerNorm, and the rest."""
 
-    def __init__(self, variant: Variant, **options):
-        width, epsilon = variant.width, variant.epsilon
+    def __init__(self, architecture: Architecture, **options):
+        width, epsilon = architecture.width, architecture.epsilon
         self.norm1 = nnx.LayerNorm(width, epsilon=epsilon, **options)
-        self.attn = Attention(width, variant.num_heads, variant.qkv_bias, **options)
+        self.attn = Attention(width, architecture.num_heads, architecture.qkv_bias, **options)
         self.norm2 = nnx.LayerNorm(width, epsilon=epsilon, **options)
-        self.mlp = MLP(variant, **options)
+        self.mlp = MLP(architecture, **options)
         self.scale1, self.scale2 = (
-            nnx.Param(jnp.ones(width)) if variant.layer_scale else None for _ in range(2)
+            nnx.Param(jnp.ones(width)) if architecture.layer_scale else None for _ in range(2)
         )
 
     def normed(self, x: jax.Array) -> State:
@@ -149,97 +100,78 @@ class Block(nnx.Module):
         return self.norm1(x), x
 
     def rest(self, normed: jax.Array, x: jax.Array) -> State:
-        """What `normed` gives -> (the block's output,)."""
+        """The output of `normed` -> (the block's output,)."""
         x = x + scaled(self.attn(normed), self.scale1)
         return (x + scaled(self.mlp(self.norm2(x)), self.scale2),)
 
 
 def scaled(x: jax.Array, scale: nnx.Param | None) -> jax.Array:
-    """LayerScale: x [..., D] times a block's `scale1` or `scale2`, where it has one."""
+    """LayerScale: x [..., D] times a block's `scale1` or `scale2`, if it has one."""
     return x if scale is None else x * scale[...].astype(x.dtype)
 
 
 class ViT(Backbone):
     """Feature maps: the patch tokens of the last three blocks, [B, side, side, width].
 
-    `features="block"` reads the blocks' outputs, as the paper says; `"norm"` the output of
-    their first LayerNorm, which the authors' published checkpoints were trained on.
-    Only the free ViT, "vit", takes patch_size, width, depth and num_heads.
+    `features="block"` reads the outputs of the blocks, as the paper says; `"norm"` the outputs of
+    their first LayerNorm, on which the authors' published checkpoints were trained.
+
+    Raises:
+      ValueError: `patch_size` does not divide the image size, or `num_heads` the width.
     """
 
     masking = "standardised"
+    feature_kinds = ("block", "norm")
+    architecture: Architecture
 
     def __init__(
         self,
-        name: str = "vit",
+        name: str,
+        architecture: Architecture,
         *,
-        num_classes: int | None = None,
-        preprocessing: Preprocessing | None = None,
-        image_size: int | None = None,
-        features: Literal["block", "norm"] = "block",
-        patch_size: int | None = None,
-        width: int | None = None,
-        depth: int | None = None,
-        num_heads: int | None = None,
-        architecture: Variant | None = None,
+        features: str | None = None,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if features not in ("block", "norm"):
-            raise ValueError(f"features of {name} are 'block' or 'norm', not {features!r}")
-        sizes = (patch_size, width, depth, num_heads)
-        chosen = {k: size for k, size in zip(ARCHITECTURE, sizes) if size is not None}
-        if chosen and name != "vit":
-            raise ValueError(f"{name} has a fixed {', '.join(chosen)}; use the free 'vit'")
-        variant = replace(architecture or VARIANTS[name], **chosen)
-        super().__init__(
-            name,
-            num_classes or variant.num_classes,
-            preprocessing or variant.preprocessing,
-            image_size,
-            dtype,
-            architecture,
-        )
-        width, patch = variant.width, variant.patch_size
+        super().__init__(name, architecture, features=features, dtype=dtype)
+        width, patch = architecture.width, architecture.patch_size
         size = self.preprocessing.image_size
-        if size % patch or width % variant.num_heads:
+        if size % patch or width % architecture.num_heads:
             raise ValueError(
                 f"{name} needs an image_size that patch_size divides and a width that num_heads "
-                f"divides, got {size} / {patch} and {width} / {variant.num_heads}"
+                f"divides, got {size} / {patch} and {width} / {architecture.num_heads}"
             )
-        self.variant = variant
-        self.features = features
-        ending = {"block": "", "norm": ".norm1"}[features]
-        last = range(variant.depth)[-3:]
-        self.feature_layers = tuple(f"blocks.{i}{ending}" for i in last)
+        last = range(architecture.depth)[-3:]
+        suffix = ".norm1" if self.features == "norm" else ""
+        self.feature_layers = tuple(f"blocks.{i}{suffix}" for i in last)
         self.target_layer = f"blocks.{last[-1]}.norm1"
         self.side = size // patch
-        self.prefix = variant.class_token + variant.registers  # tokens before the patches
-        options = {"dtype": self.dtype, "rngs": rngs}
-        norm_options = {**options, "epsilon": variant.epsilon}
+        self.prefix_tokens = architecture.class_token + architecture.registers
+        options: dict[str, Any] = {"dtype": self.dtype, "rngs": rngs}
+        norm_options = {**options, "epsilon": architecture.epsilon}
 
         def tokens(count: int) -> nnx.Param | None:
             normal = nnx.initializers.normal(0.02)
             return nnx.Param(normal(rngs.params(), (1, count, width))) if count else None
 
         self.patch_embed = nnx.LinearGeneral(
-            (patch, patch, 3), width, axis=(-3, -2, -1), use_bias=variant.patch_bias, **options
+            (patch, patch, 3), width, axis=(-3, -2, -1), use_bias=architecture.patch_bias, **options
         )
-        self.cls_token = tokens(int(variant.class_token))
-        self.reg_token = tokens(variant.registers)
+        self.cls_token = tokens(int(architecture.class_token))
+        self.reg_token = tokens(architecture.registers)
         self.pos_embed = tokens(self.embedded_prefix + self.side**2)
-        # Small ViTs learn several times faster from positions than from noise.
+        # Small ViTs learn several times faster from sinusoidal positions than from noise.
         patches = sincos_positions(self.side, width)
         self.pos_embed[:, self.embedded_prefix :] = jnp.asarray(patches)
-        self.pre_norm = nnx.LayerNorm(width, **norm_options) if variant.pre_norm else None
-        self.blocks = nnx.List([Block(variant, **options) for _ in range(variant.depth)])
+        self.pre_norm = nnx.LayerNorm(width, **norm_options) if architecture.pre_norm else None
+        self.blocks = nnx.List([Block(architecture, **options) for _ in range(architecture.depth)])
         self.norm = nnx.LayerNorm(width, **norm_options)
         self.head = nnx.Linear(width, self.num_classes, dtype=jnp.float32, rngs=rngs)
 
     @property
     def embedded_prefix(self) -> int:
-        """How many tokens before the patches have a position embedding."""
-        return self.prefix if self.variant.embed_prefix else 0
+        """Number of tokens before the patches that have a position embedding."""
+        return self.prefix_tokens if self.architecture.embed_prefix else 0
 
     def named_layers(self):
         layers = chain([("embed", self.embed)])
@@ -252,8 +184,8 @@ class ViT(Backbone):
 
     def embed(self, x: jax.Array) -> jax.Array:
         """Images [B, H, W, 3] -> tokens [B, prefix + N, D]: class token, registers, patches."""
-        batch, side, patch = len(x), self.side, self.variant.patch_size
-        # The convolution, as the matrix product that it is: its gradient is many times quicker.
+        batch, side, patch = len(x), self.side, self.architecture.patch_size
+        # The convolution as a matrix product, whose gradient is many times faster.
         x = x.reshape(batch, side, patch, side, patch, 3).swapaxes(2, 3)
         x = self.patch_embed(x).reshape(batch, side**2, -1)
         extra = [
@@ -262,24 +194,24 @@ class ViT(Backbone):
             if token is not None
         ]
         positions = self.pos_embed[...].astype(self.dtype)
-        if self.variant.embed_prefix:
+        if self.architecture.embed_prefix:
             x = jnp.concatenate([*extra, x], axis=1) + positions
         else:
             x = jnp.concatenate([*extra, x + positions], axis=1)
         return x if self.pre_norm is None else self.pre_norm(x)
 
     def pooled(self, x: jax.Array) -> jax.Array:
-        """Tokens [B, prefix + N, D] -> what the head reads, [B, D]."""
-        if self.variant.pool == "token":
+        """Tokens [B, prefix + N, D] -> the input of the head, [B, D]."""
+        if self.architecture.pool == "token":
             return self.norm(x[:, 0])
-        patches = x[:, self.prefix :]
-        if self.variant.norm_after_pool:
+        patches = x[:, self.prefix_tokens :]
+        if self.architecture.norm_after_pool:
             return self.norm(patches.mean(axis=1))
         return self.norm(patches).mean(axis=1)
 
     def feature_map(self, tokens: jax.Array) -> jax.Array:
-        """[B, prefix + N, D] -> [B, sqrt N, sqrt N, D]: only patches have a place."""
-        return tokens[:, self.prefix :].reshape(len(tokens), self.side, self.side, -1)
+        """[B, prefix + N, D] -> [B, sqrt N, sqrt N, D]: the patch tokens in their place."""
+        return tokens[:, self.prefix_tokens :].reshape(len(tokens), self.side, self.side, -1)
 
     def check_size(self, height, width):
         size = self.preprocessing.image_size
@@ -288,12 +220,6 @@ class ViT(Backbone):
                 f"{self.name} was built for {size}x{size} pixels, got {height}x{width}; "
                 "load it with the image_size you need (square images)"
             )
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        if self.name != "vit":
-            return super().config
-        return {**super().config, **{k: getattr(self.variant, k) for k in ARCHITECTURE}}
 
     def fit_tensor(self, path, tensor):
         if path != "pos_embed":
@@ -326,3 +252,205 @@ def resample_pos_embed(pos_embed: Any, side: int, prefix: int = 1) -> Any:
         grid = jnp.asarray(pos_embed[:, prefix:]).reshape(1, old_side, old_side, width)
         grid = jax.image.resize(grid, (1, side, side, width), "cubic", antialias=True)
     return jnp.concatenate([pos_embed[:, :prefix], grid.reshape(1, side**2, width)], axis=1)
+
+
+def _torchvision_tensors(backbone: ViT) -> Table:
+    table = [
+        Entry("class_token", "cls_token", SAME),
+        Entry("encoder.pos_embedding", "pos_embed", SAME),
+        *weights("conv_proj", "patch_embed", CONV),
+    ]
+    for i in range(backbone.architecture.depth):
+        torch, flax = f"encoder.layers.encoder_layer_{i}", f"blocks.{i}"
+        table += [
+            *layer_norm(f"{torch}.ln_1", f"{flax}.norm1"),
+            Entry(f"{torch}.self_attention.in_proj_weight", f"{flax}.attn.qkv.kernel", LINEAR),
+            Entry(f"{torch}.self_attention.in_proj_bias", f"{flax}.attn.qkv.bias", SAME),
+            *weights(f"{torch}.self_attention.out_proj", f"{flax}.attn.proj", LINEAR),
+            *layer_norm(f"{torch}.ln_2", f"{flax}.norm2"),
+            *weights(f"{torch}.mlp.0", f"{flax}.mlp.fc1", LINEAR),
+            *weights(f"{torch}.mlp.3", f"{flax}.mlp.fc2", LINEAR),
+        ]
+    return table + layer_norm("encoder.ln", "norm") + weights("heads.head", "head", LINEAR)
+
+
+def _torchvision_renamed(key: str) -> str:
+    """Published files have the names of torchvision's first release: mlp.linear_1, mlp.linear_2."""
+    return re.sub(
+        r"(encoder_layer_\d+\.mlp)\.linear_([12])\.",
+        lambda match: f"{match[1]}.{3 * int(match[2]) - 3}.",
+        key,
+    )
+
+
+def _timm_tensors(backbone: ViT) -> Table:
+    architecture = backbone.architecture
+    table = [
+        *[Entry("cls_token", "cls_token", SAME)] * architecture.class_token,
+        *[Entry("reg_token", "reg_token", SAME)] * (architecture.registers > 0),
+        Entry("pos_embed", "pos_embed", SAME),
+        *weights("patch_embed.proj", "patch_embed", CONV, bias=architecture.patch_bias),
+    ]
+    if architecture.pre_norm:
+        table += layer_norm("norm_pre", "pre_norm")
+    for i in range(architecture.depth):
+        block = f"blocks.{i}"
+        for name in ("norm1", "norm2"):
+            table += layer_norm(f"{block}.{name}", f"{block}.{name}")
+        bias = architecture.qkv_bias
+        table += weights(f"{block}.attn.qkv", f"{block}.attn.qkv", LINEAR, bias=bias)
+        for name in ("attn.proj", "mlp.fc1", "mlp.fc2"):
+            table += weights(f"{block}.{name}", f"{block}.{name}", LINEAR)
+        if architecture.layer_scale:
+            table += [Entry(f"{block}.ls{k}.gamma", f"{block}.scale{k}", SAME) for k in (1, 2)]
+    norm = "fc_norm" if architecture.norm_after_pool else "norm"
+    return table + layer_norm(norm, "norm") + weights("head", "head", LINEAR)
+
+
+def _last_blocks(backbone: ViT, node: str) -> list[str]:
+    """A node's name in each of the last three blocks; `node` has {} for the block's number."""
+    return [node.format(i) for i in range(backbone.architecture.depth)[-3:]]
+
+
+ENCODER_LAYER = "encoder.layers.encoder_layer_{}"
+
+
+def _torchvision_nodes(backbone: ViT) -> list[str]:
+    suffix = ".ln_1" if backbone.features == "norm" else ""
+    return _last_blocks(backbone, ENCODER_LAYER + suffix)
+
+
+def _timm_nodes(backbone: ViT) -> list[str]:
+    return _last_blocks(backbone, "blocks.{}.norm1" if backbone.features == "norm" else "blocks.{}")
+
+
+def _authors_nodes(backbone: ViT) -> list[str]:
+    # In the traced graph the second sum of a block is its output.
+    suffix = ".ln" if backbone.features == "norm" else ".add_1"
+    return _last_blocks(backbone, ENCODER_LAYER + suffix)
+
+
+def _is_original(architecture: Architecture) -> bool:
+    """Whether it is the original ViT except for its sizes, which both libraries have."""
+    original = Architecture()
+    fields = ("activation", "epsilon", "pool", "embed_prefix")
+    return all(getattr(architecture, name) == getattr(original, name) for name in fields)
+
+
+def _build_torchvision(backbone: ViT) -> Call | None:
+    architecture = backbone.architecture
+    if not _is_original(architecture):
+        return None
+    return "VisionTransformer", {
+        "patch_size": architecture.patch_size,
+        "num_layers": architecture.depth,
+        "num_heads": architecture.num_heads,
+        "hidden_dim": architecture.width,
+        "mlp_dim": architecture.hidden_width,
+    }
+
+
+def _build_timm(backbone: ViT) -> Call | None:
+    architecture = backbone.architecture
+    if not _is_original(architecture):
+        return None
+    return "vit_small_patch16_224", {
+        "patch_size": architecture.patch_size,
+        "embed_dim": architecture.width,
+        "depth": architecture.depth,
+        "num_heads": architecture.num_heads,
+    }
+
+
+POOLS = {"token": "token", "avg": "average"}  # by timm's name
+
+
+def _refusals(module):
+    if module.global_pool not in POOLS or module.pool_include_prefix:
+        yield f"pools its tokens by {module.global_pool!r}"
+    if module.pos_embed is None:
+        yield "has no position embeddings"
+
+
+def _read(module) -> dict[str, Any]:
+    block = module.blocks[0]
+    return {
+        "patch_size": module.patch_embed.patch_size[0],
+        "width": module.embed_dim,
+        "depth": len(module.blocks),
+        "num_heads": block.attn.num_heads,
+        "mlp_width": block.mlp.fc1.out_features,
+        "activation": "quick_gelu" if type(block.mlp.act).__name__ == "QuickGELU" else "gelu",
+        "epsilon": block.norm1.eps,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "patch_bias": module.patch_embed.proj.bias is not None,
+        "class_token": module.cls_token is not None,
+        "registers": module.num_reg_tokens,
+        "embed_prefix": not module.no_embed_class,
+        "pre_norm": type(module.norm_pre).__name__ == "LayerNorm",
+        "layer_scale": type(block.ls1).__name__ == "LayerScale",
+        "pool": POOLS[module.global_pool],
+        "norm_after_pool": type(module.fc_norm).__name__ == "LayerNorm",
+    }
+
+
+FAMILY = Family(
+    backbone=ViT,
+    architecture=Architecture,
+    architectures={
+        "vit_ti16": Architecture(width=192, num_heads=3),
+        "vit_s16": Architecture(),
+        "vit_b16": Architecture(width=768, num_heads=12),
+        "vit_b32": Architecture(patch_size=32, width=768, num_heads=12),
+        "vit_l16": Architecture(
+            width=1024, depth=24, num_heads=16, preprocessing=Preprocessing(resize_size=242)
+        ),
+        "vit": Architecture(preprocessing=Preprocessing(resize_size=224)),
+        "digits_vit": Architecture(
+            patch_size=8, width=64, depth=4, num_heads=4, num_classes=10, preprocessing=DIGITS
+        ),
+    },
+    free={"vit": ("patch_size", "width", "depth", "num_heads")},
+    torchvision=Torchvision(
+        models={"vit_b16": "vit_b_16", "vit_b32": "vit_b_32", "vit_l16": "vit_l_16"},
+        tensors=_torchvision_tensors,
+        feature_nodes=_torchvision_nodes,
+        options=lambda backbone: {"image_size": backbone.preprocessing.image_size},
+        build=_build_torchvision,
+        target_node=lambda backbone: _last_blocks(backbone, ENCODER_LAYER + ".ln_1")[-1],
+        renamed=_torchvision_renamed,
+    ),
+    timm=Timm(
+        models={
+            "vit_ti16": "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
+            "vit_s16": "vit_small_patch16_224.augreg_in21k_ft_in1k",
+            "vit_b16": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
+            "vit_b32": "vit_base_patch32_224.augreg_in21k_ft_in1k",
+            "vit_l16": "vit_large_patch16_224.augreg_in21k_ft_in1k",
+        },
+        tensors=_timm_tensors,
+        feature_nodes=_timm_nodes,
+        options=lambda backbone: {"img_size": backbone.preprocessing.image_size},
+        build=_build_timm,
+        module="VisionTransformer",
+        files=("vision_transformer", "deit"),
+        layers=frozenset(
+            [
+                "PatchEmbed",
+                "Block",
+                "Attention",
+                "Mlp",
+                "LayerNorm",
+                "LayerScale",
+                "GELU",
+                "QuickGELU",
+                "Dropout",
+                "DropPath",
+            ]
+        ),
+        read=_read,
+        refusals=_refusals,
+        image_size=lambda module: module.patch_embed.img_size[0],
+    ),
+    authors=AuthorsCode(nodes=_authors_nodes, models=("vit_b_16",), prefix="1."),
+)

@@ -1,9 +1,9 @@
 """The built-in data set `digits`: real handwritten digits on a cluttered colour canvas.
 
 The digits are the 1797 of scikit-learn's `load_digits` (UCI, "Optical Recognition of Handwritten
-Digits", test part; 8x8 pixels). Each picture shows one of them, enlarged, in a random colour,
-size and place, over a smooth colour background with strokes and arcs that are no digits. The
-splits share no handwritten digit. TFDS generates the set, without TensorFlow, in seconds.
+Digits", test part; 8x8 pixels). Each picture shows one of them, enlarged, with a random colour,
+size and position, on a smooth colour background with distracting strokes and arcs. The splits
+share no handwritten digit. TFDS generates the data set in seconds, without TensorFlow.
 """
 
 import io
@@ -12,9 +12,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw, ImageFilter
 
-CANVAS = 64  # pixels, height and width of a picture
-DIGIT_SIZES = (36, 48)  # pixels, smallest and largest side of an enlarged 8x8 original
-_INK = 0.2  # coverage from which on a pixel belongs to the digit, for its box
+CANVAS = 64  # height and width of a picture in pixels
+DIGIT_SIZES = (36, 48)  # smallest and largest side of an enlarged 8x8 original in pixels
+_INK = 0.2  # smallest coverage of a pixel inside the digit's box
 
 # split: (first original, last original + 1, number of pictures), in a shuffled order of originals
 _SPLITS = {"train": (0, 1200, 6000), "validation": (1200, 1400, 500), "test": (1400, 1797, 1000)}
@@ -67,18 +67,18 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 def draw(original: np.ndarray, rng: np.random.Generator) -> tuple[Image.Image, list[float]]:
-    """Draws one handwritten digit on a canvas of its own.
+    """Draws one handwritten digit on a new canvas.
 
     Args:
-      original: its ink, [8, 8] in [0, 1].
-      rng: source of colours, size, place and clutter.
+      original: the digit's ink, [8, 8] in [0, 1].
+      rng: generator for colours, size, position and clutter.
 
     Returns:
-      The RGB picture of `CANVAS` pixels a side, and the box of the digit's ink: ymin, xmin,
+      The RGB picture of `CANVAS` x `CANVAS` pixels, and the box of the digit's ink: ymin, xmin,
       ymax, xmax as fractions of the canvas.
     """
-    # Light digits on a dark canvas, with strokes in between: clutter that draws the eye, but not
-    # so much that a small classifier would need long to learn.
+    # Light digits on a dark canvas, with strokes of medium brightness: enough clutter to distract,
+    # but not so much that a small classifier takes long to train.
     picture = _background((0, 100), rng)
     _draw_strokes(picture, (60, 150), rng)
 
@@ -100,14 +100,14 @@ def _load_originals() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "the data set digits is made with scikit-learn; run: pip install 'ttame-jax[demo]'"
+            "the data set digits needs scikit-learn; run: pip install 'ttame-jax[demo]'"
         ) from error
     digits = load_digits()
     return digits.images / 16, digits.target
 
 
 def _enlarge(original: np.ndarray, side: int) -> np.ndarray:
-    """Enlarges ink smoothly and gives it sharp edges: [8, 8] -> [side, side] in [0, 1]."""
+    """Enlarges ink smoothly and sharpens its edges: [8, 8] -> [side, side] in [0, 1]."""
     smooth = Image.fromarray(np.float32(original)).resize((side, side), Image.Resampling.BICUBIC)
     return np.clip((np.asarray(smooth) - 0.15) / 0.45, 0, 1)
 
@@ -137,7 +137,7 @@ def _colour(levels: tuple[int, int], rng: np.random.Generator) -> tuple[int, ...
 
 
 def _png(picture: Image.Image) -> io.BytesIO:
-    """Encodes here, as TFDS itself would need TensorFlow for it."""
+    """Encodes a picture; TFDS's own encoder needs TensorFlow."""
     file = io.BytesIO()
     picture.save(file, "PNG", compress_level=1)
     file.seek(0)

@@ -1,15 +1,13 @@
-"""Batches of images through Grain: shuffled without end for training, once in order to evaluate.
+"""Batches of images through Grain: endless and shuffled for training, in order for evaluation.
 
-A batch is a dict of numpy arrays:
+A batch is a dict of NumPy arrays:
   image: uint8 [b, S, S, 3]
-  label: int32 [b], -1 where unknown
+  label: int32 [b], -1 if unknown
   index: int32 [b], the image's index in the source, -1 for padding
   valid: bool [b], False for padding and for unreadable images
 
-Nothing in here, nor in the worker processes, touches JAX's devices.
+Neither this module nor its worker processes touch JAX's devices.
 """
-
-from __future__ import annotations
 
 import atexit
 import functools
@@ -19,26 +17,23 @@ import threading
 import warnings
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import grain
 import numpy as np
 from absl import flags
 
 from ttame_jax.data.sources import Source
-from ttame_jax.data.transforms import evaluation_image, training_image
-
-if TYPE_CHECKING:
-    from ttame_jax.backbones import Preprocessing
+from ttame_jax.data.transforms import centre_crop, decode, inside_boxes, training_image
+from ttame_jax.preprocessing import Preprocessing
 
 _PREFETCH = 2  # batches made ahead, by each worker process or in-process by threads
 _MAX_UNREADABLE = 0.01  # share of the images seen
-_ENOUGH_SEEN = 1000  # images before that share is judged
+_ENOUGH_SEEN = 1000  # images, before that share is checked
 
 _open_batches = weakref.WeakSet()
 
 
-@atexit.register  # Grain's own clean-up fails noisily once the interpreter is being taken down
+@atexit.register  # Grain's own clean-up prints errors when the interpreter shuts down
 def _close_all():
     for batches in list(_open_batches):
         batches.close()
@@ -54,32 +49,32 @@ def train_batches(
     workers: int = 2,
     process_index: int = 0,
     process_count: int = 1,
-) -> Batches:
+) -> "Batches":
     """Returns endless shuffled batches of random crops: this process's part of each global batch.
 
-    A global batch has `batch_size` images for every process, and each process reads only its own.
-    Each epoch has an order of its own, and each image of each epoch a random crop of its own. Both
-    follow from `seed` alone: neither the number of workers nor, with global batches of one size,
-    that of processes changes anything. Batches run across the ends of epochs, so all are full and
-    all `valid`: the next readable image of the source takes the place of an unreadable one.
+    A global batch has `batch_size` images per process, and each process reads only its own images.
+    Each epoch has a different order and different crops. Both depend only on `seed`, not on the
+    number of workers, nor on the number of processes if the global batch size is the same. Batches
+    continue across epochs, so that all are full. All images are `valid`: the next readable image
+    of the source replaces an unreadable one.
 
     Args:
       source: the images.
-      preprocessing: that of the backbone.
+      preprocessing: the backbone's.
       batch_size: images per batch of this process.
       seed: any non-negative int.
       flip: whether to mirror half of the images.
-      workers: processes that make batches ahead; 0 makes them in threads of this process. As
-        workers are spawned, a script needs `if __name__ == "__main__":` around its start.
-      process_index: as `jax.process_index()`.
-      process_count: as `jax.process_count()`.
+      workers: number of processes that prepare batches; 0 uses threads of this process. Workers
+        are spawned, so a script must guard its entry point with `if __name__ == "__main__":`.
+      process_index: `jax.process_index()`.
+      process_count: `jax.process_count()`.
     """
-    # Grain seeds an epoch with seed + epoch: unmixed, neighbouring seeds would share epochs.
+    # Grain seeds an epoch with seed + epoch: without mixing, adjacent seeds would share epochs.
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     load = functools.partial(_load_for_training, source, preprocessing, flip)
     dataset = grain.MapDataset.source(range(len(source))).seed(seed).shuffle().repeat(None)
     dataset = dataset.random_map(load).batch(batch_size, drop_remainder=True)
-    # As parts of global batches, in turn; parts of other processes are never read.
+    # Processes take the batches in turn as their parts of the global batches.
     dataset = dataset[process_index::process_count]
     return Batches(dataset, source, workers, images=-(-len(source) // process_count))
 
@@ -90,26 +85,37 @@ def evaluation_batches(
     batch_size: int,
     *,
     indices: Sequence[int] | None = None,
+    boxes: bool = False,
     workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-) -> Batches:
+) -> "Batches":
     """Returns batches of centre crops: each image once and in order, padded at the end.
+
+    With `boxes`, a batch has another array, `inside`: bool [b, S, S], whether a pixel's centre
+    lies in any box of the image. It is all False for images without boxes, images whose boxes are
+    outside the crop, and padding.
 
     Args:
       source: the images.
-      preprocessing: that of the backbone.
+      preprocessing: the backbone's.
       batch_size: images per batch of this process.
-      indices: the images to read, all by default.
+      indices: the images to read; all by default.
+      boxes: whether to add `inside`; the source must have boxes.
       workers: as in `train_batches`.
-      process_index: of the batches of all processes in a row, this process gets every
-        `process_count`-th from here on. All get equally many.
-      process_count: as `jax.process_count()`.
+      process_index: `jax.process_index()`. Of all batches, the process takes every
+        `process_count`-th, starting with this one. All processes take equally many.
+      process_count: `jax.process_count()`.
+
+    Raises:
+      ValueError: `boxes` is True and the source has no boxes.
     """
+    if boxes and not source.has_boxes:
+        raise ValueError(f"{source} has no boxes")
     indices = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
     padded = np.pad(indices, (0, -len(indices) % (batch_size * process_count)), constant_values=-1)
     shard = padded.reshape(-1, process_count, batch_size)[:, process_index].ravel()
-    load = functools.partial(_load_for_evaluation, source, preprocessing)
+    load = functools.partial(_load_for_evaluation, source, preprocessing, boxes)
     dataset = grain.MapDataset.source(shard).map(load).batch(batch_size)
     return Batches(dataset, source, workers, images=int((shard >= 0).sum()))
 
@@ -117,9 +123,10 @@ def evaluation_batches(
 class Batches(grain.DatasetIterator):
     """Iterator over a data set of batches, whose state is the number of batches taken.
 
-    The state can be restored under any number of workers. Warns once of each unreadable image, by
-    name, and raises ValueError where they are more than 1 % of the images seen, judged from 1000
-    images on, or at the end of a smaller set. `close`, or dropping the iterator, ends its workers.
+    A state can be restored with any number of workers. Each unreadable image causes one warning
+    with its name. More than 1 % of unreadable images among those seen is a ValueError, checked
+    after 1000 images or at the end of a smaller data set. Closing or deleting the iterator stops
+    its workers.
     """
 
     def __init__(self, dataset: grain.MapDataset, source: Source, workers: int, images: int):
@@ -130,13 +137,13 @@ class Batches(grain.DatasetIterator):
         self._images = images  # of this process, in an epoch
         self._taken = 0
         self._closed = False
-        self._ahead = None  # Grain's iterator, which makes batches ahead from `_taken` on
+        self._ahead = None  # Grain's iterator, which prefetches batches from `_taken` on
         self._seen = 0
         self._unreadable = set()
         _open_batches.add(self)
 
     def __len__(self) -> int:
-        """Returns the number of batches in all; training has no end (sys.maxsize)."""
+        """Returns the total number of batches, sys.maxsize for training."""
         return len(self._dataset)
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -146,7 +153,7 @@ class Batches(grain.DatasetIterator):
         batch = next(self._ahead)
         self._taken += 1
         self._check(batch["index"], batch.pop("unreadable"))
-        return {name: np.array(value) for name, value in batch.items()}  # off shared memory
+        return {name: np.array(value) for name, value in batch.items()}  # copied from shared memory
 
     def get_state(self) -> dict[str, int]:
         return {"batches": self._taken}
@@ -184,11 +191,12 @@ class Batches(grain.DatasetIterator):
 
 
 def _iterate(dataset: grain.MapDataset, workers: int) -> grain.DatasetIterator:
-    if not flags.FLAGS.is_parsed():  # grain 0.2.18 reads a flag for workers, parsed or not (#1355)
+    if not flags.FLAGS.is_parsed():  # grain 0.2.18 reads a flag even if none are parsed (#1355)
         flags.FLAGS.mark_as_parsed()
     threads = 1 if workers else _PREFETCH
     batches = dataset.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=_PREFETCH))
-    # Only images are worth a block of shared memory of their own.
+    # Only images are worth their own block of shared memory. grain 0.2.18 has these options only
+    # in its experimental module.
     options = grain.experimental.DatasetOptions(min_shm_size=2**16)
     batches = grain.experimental.WithOptionsIterDataset(batches, options)
     return iter(
@@ -200,7 +208,7 @@ def _iterate(dataset: grain.MapDataset, workers: int) -> grain.DatasetIterator:
 
 
 def _end_with_parent(worker_index: int, worker_count: int):
-    """Ends this worker when its parent dies, even by SIGKILL: Grain's would wait for ever."""
+    """Ends this worker when its parent dies, even by SIGKILL: Grain's workers would wait forever."""
 
     def watch():
         multiprocessing.parent_process().join()
@@ -213,7 +221,7 @@ def _load_for_training(
     source: Source, preprocessing: Preprocessing, flip: bool, index: int, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
     unreadable = -1
-    # More failures in a row than may be tolerated in all: give up, and be judged at once.
+    # After more consecutive failures than are tolerated in total, give up.
     for candidate in range(index, index + min(len(source), _ENOUGH_SEEN)):
         candidate %= len(source)
         try:
@@ -227,24 +235,30 @@ def _load_for_training(
 
 
 def _load_for_evaluation(
-    source: Source, preprocessing: Preprocessing, index: int
+    source: Source, preprocessing: Preprocessing, boxes: bool, index: int
 ) -> dict[str, np.ndarray]:
-    unreadable = -1
+    size, unreadable = preprocessing.image_size, -1
     if index >= 0:
         try:
             record = source[index]
-            image = evaluation_image(record["image"], preprocessing)
-            return _element(image, record["label"], index)
+            image = decode(record["image"])
         except OSError:
             unreadable = index
-    size = preprocessing.image_size
-    return _element(np.zeros((size, size, 3), np.uint8), -1, index, unreadable, valid=False)
+        else:
+            element = _element(centre_crop(image, preprocessing), record["label"], index)
+            if boxes:
+                element["inside"] = inside_boxes(record["boxes"], image.size, preprocessing)
+            return element
+    blank = np.zeros((size, size, 3), np.uint8)
+    element = _element(blank, -1, index, unreadable, valid=False)
+    return element | {"inside": np.zeros((size, size), bool)} if boxes else element
 
 
 def _element(
     image: np.ndarray, label: int, index: int, unreadable: int = -1, valid: bool = True
 ) -> dict[str, np.ndarray]:
-    """`unreadable` is the index of the image that failed, whose place this one takes, or -1."""
+    """Returns one element. `unreadable` is the index of the image it replaces because that image
+    could not be read, or -1."""
     return {
         "image": image,
         "label": np.int32(label),

@@ -1,6 +1,8 @@
-"""Where images come from: prepared TFDS data sets and plain folders, read one record at a time."""
+"""Sources of images: prepared TFDS data sets and plain folders, read one record at a time."""
 
+import functools
 import importlib.util
+import operator
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -19,30 +21,42 @@ _NAME_FEATURES = ("file_name", "filename", "image/filename", "id")
 
 
 class Source(ABC):
-    """Encoded images by index. Sources can be pickled, for the loader's worker processes."""
+    """Encoded images by index. Sources can be pickled for the loader's worker processes.
+
+    Attributes:
+      class_names: the names of the labels, or None.
+      has_boxes: whether records have boxes.
+    """
 
     class_names: list[str] | None = None
+    has_boxes: bool = False
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def __getitem__(self, index: int) -> dict:
-        """Returns one record, its image still encoded.
+        """Returns one record.
 
-        `image` (bytes), `label` (int, -1 where unknown) and, where the set has boxes, `box`
-        (float32 [4]: ymin, xmin, ymax, xmax as fractions of the image's height and width).
-        Raises OSError where the file cannot be read.
+        Returns:
+          `image`: the encoded image, bytes.
+          `label`: int, -1 if unknown.
+          `boxes`: if the data set has boxes, float32 [N, 4]: ymin, xmin, ymax, xmax as fractions
+            of the image's height and width. N may be 0.
+
+        Raises:
+          OSError: the file cannot be read.
         """
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Returns what to call an image in warnings and lists: its file name where there is one."""
+        """Returns an image's name in warnings and lists: its file name, if there is one."""
 
     def indices_of(self, names: Iterable[str]) -> np.ndarray:
-        """Returns the indices (int64) of the images of these names, in the order of the names.
+        """Returns the indices (int64 [N]) of the images with these names, in the given order.
 
-        Names that no image has are left out: a published list may name more than a sample holds.
+        Names without an image are skipped: a published list may name more images than a sample of
+        the data set has.
         """
         names = list(dict.fromkeys(names))
         found, missing = {}, set(names)
@@ -59,15 +73,15 @@ def load_source(dataset: str, split: str, data_dir: str | Path | None = None) ->
     """Opens one split of a data set.
 
     Args:
-      dataset: a TFDS name ("imagenet2012", "cifar10:3.0.2"), "folder:DIR" or "digits", the
-        built-in set, which is generated on first use.
-      split: in TFDS's syntax, such as "train" or "validation[:200]". A set without a split
-        "validation" gives its split "val" or "test" instead.
-      data_dir: TFDS's folder of prepared data sets; by default its usual one.
+      dataset: a TFDS name ("imagenet2012", "cifar10:3.0.2"), "folder:DIR", or "digits", the
+        built-in data set, which is generated on first use.
+      split: in TFDS's syntax, such as "train" or "validation[:200]". Without such a split,
+        "validation" falls back to "val" or "test".
+      data_dir: the folder of prepared data sets. None selects TFDS's default.
 
     Raises:
-      FileNotFoundError: the data are not there; the message names the command that brings them.
-      ValueError: there is no such data set or split, or it holds no images.
+      FileNotFoundError: the data set is not prepared; the message names the command to prepare it.
+      ValueError: the data set or split does not exist, or has no images.
     """
     kind, _, folder = dataset.partition(":")
     if kind == "folder":
@@ -76,15 +90,16 @@ def load_source(dataset: str, split: str, data_dir: str | Path | None = None) ->
 
 
 def select(source: Source, names: str | Path | None = None, limit: int | None = None) -> np.ndarray:
-    """Returns the indices (int64) of the images that a list names, evenly thinned to a limit.
+    """Returns the indices (int64 [N]) of the images in a list, evenly thinned to a limit.
 
     Args:
       source: the images.
-      names: a text file with `FILENAME LABEL` a line, as the authors' lists; None is all images.
-      limit: how many at most; None is no limit.
+      names: a text file with one `FILENAME LABEL` per line, like the authors' lists. None selects
+        all images.
+      limit: the largest number of images. None disables the limit.
 
     Raises:
-      ValueError: no image of the list is there.
+      ValueError: the source has no image of the list.
     """
     indices = np.arange(len(source))
     if names is not None:
@@ -98,7 +113,7 @@ def select(source: Source, names: str | Path | None = None, limit: int | None = 
 
 
 def thin(indices: np.ndarray, limit: int | None) -> np.ndarray:
-    """At most `limit` of the indices (None: all), evenly spread."""
+    """Returns at most `limit` of the indices, evenly spaced. None returns all of them."""
     if limit is None or limit >= len(indices):
         return indices
     return indices[np.linspace(0, len(indices) - 1, limit).astype(int)]
@@ -125,7 +140,8 @@ class TfdsSource(Source):
         if self._image is None:
             raise ValueError(f"{dataset} has no image feature; its features: {sorted(features)}")
         self._label = _feature_of_type(features, tfds.features.ClassLabel)
-        self._box = _feature_of_type(features, tfds.features.BBoxFeature)
+        self._boxes = _path_to_boxes(features)
+        self.has_boxes = self._boxes is not None
         self._name = next((name for name in _NAME_FEATURES if name in features), None)
         if self._label is not None and features[self._label].num_classes:
             self.class_names = features[self._label].names
@@ -147,8 +163,9 @@ class TfdsSource(Source):
         features = self._records[index]
         label = -1 if self._label is None else int(features[self._label])
         record = {"image": features[self._image], "label": label}
-        if self._box is not None:
-            record["box"] = features[self._box]
+        if self.has_boxes:
+            boxes = functools.reduce(operator.getitem, self._boxes, features)
+            record["boxes"] = np.reshape(boxes, (-1, 4)).astype(np.float32)
         return record
 
     def name(self, index: int) -> str:
@@ -162,11 +179,11 @@ class TfdsSource(Source):
 
 
 class FolderSource(Source):
-    """Images in a folder, with or without folders for splits and for classes.
+    """Images in a folder, with or without subfolders for splits and classes.
 
-    A split is the sub-folder of its name; a folder without any split folders is all one split.
-    Images lie in one sub-folder per class, in any depth, or directly in the folder (label -1).
-    Names are paths relative to the split's folder, and images are ordered by them.
+    A split is the subfolder with its name. In a folder without split folders, every split is the
+    whole folder. Images are in one subfolder per class, at any depth, or directly in the folder
+    (label -1). Names are paths relative to the split's folder, and images are sorted by name.
     """
 
     def __init__(self, folder: str | Path, split: str):
@@ -206,19 +223,19 @@ class FolderSource(Source):
 
 
 def prepare(name: str, data_dir: str | Path | None = None, manual_dir: str | Path | None = None):
-    """Prepares a TFDS data set, by TFDS's own builder, in the format this project reads.
+    """Prepares a TFDS data set with TFDS's own builder, in the format that this project reads.
 
-    Prints the folder and the number of images of each split. A data set that is there already
-    is left as it is.
+    Prints the folder and the number of images of each split. A data set that is already prepared
+    is not changed.
 
     Args:
       name: a TFDS name.
-      data_dir: folder of prepared data sets; by default TFDS's usual one.
-      manual_dir: folder of the archives of sets that must be downloaded by hand, as ImageNet.
+      data_dir: the folder of prepared data sets. None selects TFDS's default.
+      manual_dir: the folder of archives that must be downloaded manually, as for ImageNet.
 
     Raises:
-      ValueError: there is no such data set.
-      ModuleNotFoundError: TensorFlow is missing, which TFDS needs for preparing.
+      ValueError: the data set does not exist.
+      ModuleNotFoundError: TensorFlow, which TFDS needs to prepare data sets, is not installed.
       FileNotFoundError: archives are missing.
     """
     builder = _builder(name, data_dir, file_format="array_record")
@@ -239,7 +256,7 @@ def _prepare(builder, manual_dir: str | Path | None):
     config = tfds.download.DownloadConfig(manual_dir=manual_dir and Path(manual_dir).expanduser())
     try:
         builder.download_and_prepare(download_config=config)
-    except AssertionError as error:  # what TFDS raises where the archives are missing
+    except AssertionError as error:  # TFDS raises it if the archives are missing
         instructions = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
         if instructions is None:
             raise
@@ -267,8 +284,24 @@ def _feature_of_type(features, kind: type) -> str | None:
     return next((name for name, feature in features.items() if type(feature) is kind), None)
 
 
+def _path_to_boxes(feature) -> tuple[str, ...] | None:
+    """Returns the keys from a record to its boxes, such as ("objects", "bbox"), or None.
+
+    Only boxes in TFDS's default format count: ymin, xmin, ymax, xmax as fractions.
+    """
+    if type(feature) is tfds.features.BBoxFeature:
+        return () if feature.bbox_format == tfds.features.BBoxFeature().bbox_format else None
+    if type(feature) is tfds.features.Sequence:
+        return _path_to_boxes(feature.feature)
+    if type(feature) is tfds.features.FeaturesDict:
+        for name, inner in feature.items():
+            if (path := _path_to_boxes(inner)) is not None:
+                return (name, *path)
+    return None
+
+
 def _existing_split(split: str, available: Iterable[str], dataset: str) -> str:
-    """Returns the split with each name in it replaced by its stand-in where it does not exist."""
+    """Returns the split with each name that does not exist replaced by its stand-in."""
 
     def existing(match: re.Match) -> str:
         for name in _STAND_INS.get(match[0], (match[0],)):
@@ -280,7 +313,7 @@ def _existing_split(split: str, available: Iterable[str], dataset: str) -> str:
 
 
 def _slice_of(split: str, size: int) -> slice:
-    """Returns the part of `size` images that a TFDS split such as "train[:10%]" means."""
+    """Returns the slice of `size` images that a TFDS split such as "train[:10%]" selects."""
     name = split.partition("[")[0]
     whole = tfds.core.SplitInfo(name=name, shard_lengths=[size], num_bytes=0)
     (part,) = tfds.core.ReadInstruction.from_spec(split).to_absolute({name: whole})

@@ -1,57 +1,54 @@
-"""From an encoded image to the uint8 square a classifier sees, on the CPU with Pillow.
+"""From an encoded image to the uint8 square that a classifier sees, on the CPU with Pillow.
 
-To evaluate, resizing and cropping equal torchvision's `Resize` and `CenterCrop` on PIL images, bit
-for bit. To train, only the crop is resized, and very large JPEGs are decoded smaller: quicker,
-and the same to the eye. Scaling to [0, 1] and standardising follow on the device.
+Evaluation equals torchvision's `Resize` and `CenterCrop` on PIL images, bit for bit. Training
+resizes only the crop and decodes very large JPEGs at a reduced size, which is faster and looks the
+same. Conversion to [0, 1] and standardisation follow on the device.
 """
-
-from __future__ import annotations
 
 import io
 import os
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps
 
-if TYPE_CHECKING:
-    from ttame_jax.backbones import Preprocessing
+from ttame_jax.preprocessing import Preprocessing
 
-
-# A JPEG may be decoded at a half, a quarter or an eighth of its size for next to nothing. As long
-# as the result is resized to at most half of that, less changes than between bilinear and bicubic.
+# Decoding a JPEG at a half, a quarter or an eighth of its size is much cheaper. If it is then
+# resized to at most half of the decoded size, the result changes less than between bilinear and
+# bicubic.
 DRAFT_MARGIN = 2
 
 
 class UnreadableImage(OSError):
-    """The bytes are not an image, or a damaged one."""
+    """The bytes are not an image, or the image is damaged."""
 
 
 def decode(encoded: bytes, shortest: int | None = None) -> Image.Image:
-    """Decodes an image of any format Pillow reads to RGB; transparency is dropped.
+    """Decodes an image of any format that Pillow reads to RGB, without transparency.
 
-    An EXIF orientation is ignored, as in the data sets the classifiers were trained on.
+    The EXIF orientation is ignored, as it was when the classifiers were trained.
 
     Args:
       encoded: the file's bytes.
-      shortest: a JPEG may come smaller by 2, 4 or 8 while its shortest side stays as long as this.
+      shortest: allows decoding a JPEG at 1/2, 1/4 or 1/8 of its size as long as its shortest side
+        has at least this many pixels.
 
     Raises:
-      UnreadableImage: the bytes are not an image, or a damaged one.
+      UnreadableImage: the bytes are not an image, or the image is damaged.
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             if shortest is not None:
                 image.draft(None, (shortest, shortest))
             return _to_rgb(image)
-    except Exception as error:  # damaged files raise nearly anything from within Pillow
+    except Exception as error:  # Pillow raises many types for damaged files
         raise UnreadableImage(f"cannot decode the image: {error}") from error
 
 
 def training_image(
     encoded: bytes, preprocessing: Preprocessing, rng: np.random.Generator, flip: bool = True
 ) -> np.ndarray:
-    """Returns a random crop, mirrored half of the time if `flip`: uint8 [S, S, 3]."""
+    """Returns a random crop, mirrored with probability 1/2 if `flip`: uint8 [S, S, 3]."""
     image = decode(encoded, DRAFT_MARGIN * preprocessing.resize_size)
     return random_crop(image, preprocessing, rng, flip)
 
@@ -59,12 +56,12 @@ def training_image(
 def random_crop(
     image: Image.Image, preprocessing: Preprocessing, rng: np.random.Generator, flip: bool = True
 ) -> np.ndarray:
-    """The part of `training_image` that follows decoding."""
-    width, height = _resized_size(image, preprocessing)
+    """Returns what `training_image` does, for a decoded image."""
+    width, height = _resized_size(image.size, preprocessing)
     size = preprocessing.image_size
     left = rng.integers(width - size, endpoint=True)
     top = rng.integers(height - size, endpoint=True)
-    across, down = image.width / width, image.height / height  # pixels of `image` in one of ours
+    across, down = image.width / width, image.height / height  # pixels of `image` per resized one
     box = (left * across, top * down, (left + size) * across, (top + size) * down)
     crop = np.asarray(image.resize((size, size), _filter(preprocessing), box))
     return crop[:, ::-1] if flip and rng.random() < 0.5 else crop
@@ -72,25 +69,56 @@ def random_crop(
 
 def evaluation_image(encoded: bytes, preprocessing: Preprocessing) -> np.ndarray:
     """Returns the centre crop: uint8 [S, S, 3]."""
-    return _centre_crop(decode(encoded), preprocessing)
+    return centre_crop(decode(encoded), preprocessing)
+
+
+def centre_crop(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """Returns what `evaluation_image` does, for a decoded image."""
+    resized = _resized_size(image.size, preprocessing)
+    left, top = _centre_corner(resized, preprocessing)
+    image = image.resize(resized, _filter(preprocessing))
+    size = preprocessing.image_size
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def inside_boxes(
+    boxes: np.ndarray, image_size: tuple[int, int], preprocessing: Preprocessing
+) -> np.ndarray:
+    """Returns the pixels of the centre crop whose centres lie in any box: bool [S, S].
+
+    Args:
+      boxes: [N, 4], as ymin, xmin, ymax, xmax in fractions of the whole image.
+      image_size: width and height of the whole image in pixels.
+      preprocessing: the backbone's, with its centre crop of S pixels.
+    """
+    resized = _resized_size(image_size, preprocessing)
+    corner = _centre_corner(resized, preprocessing)
+    size = preprocessing.image_size
+    across, down = (  # of the pixels' centres, as fractions of the whole image
+        (start + np.arange(size) + 0.5) / length for start, length in zip(corner, resized)
+    )
+    top, left, bottom, right = boxes.T[..., None]
+    rows = (top <= down) & (down <= bottom)  # [N, S]
+    columns = (left <= across) & (across <= right)
+    return (rows[:, :, None] & columns[:, None, :]).any(axis=0)
 
 
 def preprocess(image: str | os.PathLike | Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """Returns the centre crop of a single picture, turned upright by its EXIF orientation.
+    """Returns the centre crop of a single picture, rotated by its EXIF orientation.
 
     Args:
-      image: a path or an open PIL image of any mode.
-      preprocessing: that of the backbone.
+      image: a path, or an open PIL image of any mode.
+      preprocessing: the backbone's.
 
     Returns:
       uint8 [S, S, 3].
 
     Raises:
-      FileNotFoundError: there is no such file.
-      UnreadableImage: the file is not an image, or a damaged one.
+      FileNotFoundError: the file does not exist.
+      UnreadableImage: the file is not an image, or the image is damaged.
     """
     if isinstance(image, Image.Image):
-        return _centre_crop(_to_rgb(ImageOps.exif_transpose(image)), preprocessing)
+        return centre_crop(_to_rgb(ImageOps.exif_transpose(image)), preprocessing)
     try:
         with Image.open(image) as opened:
             return preprocess(opened, preprocessing)
@@ -101,25 +129,23 @@ def preprocess(image: str | os.PathLike | Image.Image, preprocessing: Preprocess
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "P":  # by way of RGBA, or Pillow warns of a transparent palette colour
+    if image.mode == "P":  # via RGBA: Pillow warns about transparent palette colours
         image = image.convert("RGBA")
-    elif image.mode.startswith("I;16"):  # grey of 16 bits, which Pillow would clip at 255
+    elif image.mode.startswith("I;16"):  # 16-bit grey, which Pillow would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 
-def _resized_size(image: Image.Image, preprocessing: Preprocessing) -> tuple[int, ...]:
-    short, target = min(image.size), preprocessing.resize_size
-    return tuple(target if side == short else int(target * side / short) for side in image.size)
+def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, ...]:
+    """Width and height of an image after its shortest side is resized."""
+    short, target = min(size), preprocessing.resize_size
+    return tuple(target if side == short else int(target * side / short) for side in size)
+
+
+def _centre_corner(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, ...]:
+    """Left and top of the centre crop. Python's `round`, to even, as in torchvision."""
+    return tuple(round((side - preprocessing.image_size) / 2) for side in size)
 
 
 def _filter(preprocessing: Preprocessing) -> Image.Resampling:
     return Image.Resampling[preprocessing.interpolation.upper()]
-
-
-def _centre_crop(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    image = image.resize(_resized_size(image, preprocessing), _filter(preprocessing))
-    size = preprocessing.image_size
-    # `round` is Python's, to even, as in torchvision
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    return np.asarray(image.crop((left, top, left + size, top + size)))

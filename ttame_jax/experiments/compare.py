@@ -4,69 +4,73 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
+import tyro
 from flax import nnx
 
 from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import Backbone
 from ttame_jax.data import evaluation_batches, thin
 from ttame_jax.experiments import tables
+from ttame_jax.experiments.arguments import Names
 from ttame_jax.experiments.curves import curves
-from ttame_jax.experiments.evaluate import MeasureConfig, Measuring, Names
-from ttame_jax.explainer import load_explainer
+from ttame_jax.experiments.evaluate import EvaluationOptions, EvaluationSetup, MetricNames
 from ttame_jax.files import write_atomically
-from ttame_jax.methods import Method, explain, list_methods, load_method
+from ttame_jax.methods import Method, compute_maps, list_methods, load_method, method_title
 from ttame_jax.plots import explanation_grid, save_figure
-from ttame_jax.training.config import load_config
+from ttame_jax.preprocessing import to_float
+from ttame_jax.runs import load_run
 
 ALL = ("all",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CompareConfig(MeasureConfig):
-    """Which methods to compare, and on which images."""
+class CompareConfig(EvaluationOptions):
+    """The methods to compare, with images and metrics."""
 
     run: tuple[Path, ...]
-    """Folder of a T-TAME run. More runs on the same backbone add their variants, such as lcam."""
+    """Folder of a T-TAME run. More runs of the same backbone add their variants, such as lcam."""
     output: Path
     """Folder for METHOD.json, the tables, the curves and the picture."""
-    methods: Names = ALL
-    """Which methods, or all."""
+    methods: Annotated[
+        Names, tyro.conf.arg(help=f"Methods to compare, or all: {', '.join(list_methods())}.")
+    ] = ALL
     method_config: dict[str, int | str] = dataclasses.field(default_factory=dict)
     """Options of methods, as METHOD.OPTION and value: rise.masks 1000 gradcam.layer blocks.10."""
     limits: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Fewer images for slow methods, as METHOD and number: rise 20. They stand unranked."""
-    measures: Names = ("ad", "ic", "road")
-    """As of ttame evaluate; the tables need ad, ic and road."""
+    """Fewer images for slow methods, as METHOD and number: rise 20. These methods are excluded from
+    the ranking."""
+    measures: MetricNames = ("ad", "ic", "road")
     pictures: int = 6
-    """Images in the picture of maps; 0 draws none."""
+    """Number of images in the picture of maps; 0 disables it."""
 
 
 def compare(config: CompareConfig) -> dict[str, dict]:
-    """Measures methods one after the other and writes what they measure, side by side.
+    """Evaluates methods one after the other and writes their figures side by side.
 
-    Methods already measured with the same settings are not measured again; one that fails is
-    reported and the rest goes on.
+    Methods that have figures with the same settings are not evaluated again. A method that fails
+    is reported, and the others continue.
 
     Returns:
-      ``{method: figures}`` of the methods that were measured.
+      ``{method: figures}`` of the evaluated methods.
 
     Raises:
-      ValueError: if the runs are of different backbones, or every method fails.
-      FileNotFoundError: if a run, the images or the weights are missing.
+      ValueError: the runs are of different backbones, or every method fails.
+      FileNotFoundError: a run, the images or the weights are missing.
     """
     comparison = Comparison(config)
     figures, failures = {}, {}
     for name in comparison.names:
         try:
-            figures[name] = comparison.measure(name)
-        except Exception as error:  # noqa: BLE001, whatever it is, the other methods are not lost
+            figures[name] = comparison.evaluate(name)
+        except Exception as error:  # noqa: BLE001  the other methods continue
             failures[name] = (str(error) or type(error).__name__).splitlines()[0]
             _say(f"{name} is left out: {failures[name]}")
     if not figures:
-        raise ValueError("no method could be measured: see the lines above")
+        raise ValueError("no method could be evaluated: see the lines above")
     if jax.process_index() == 0:
         comparison.write(figures)
     for name, reason in failures.items():
@@ -80,23 +84,23 @@ def _say(line: str) -> None:
 
 
 class Comparison:
-    """The backbone that the methods explain, the images, and where the results go."""
+    """The backbone, the images and the output of a comparison."""
 
     def __init__(self, config: CompareConfig):
         self.config = config
         if not config.run:
             raise ValueError("no run given: ttame compare --run DIR --output DIR")
-        explainers = [load_explainer(run, config.weights) for run in config.run]
-        backbones = {explainer.backbone.name for explainer in explainers}
+        runs = [load_run(run, config.weights) for run in config.run]
+        backbones = {run.backbone.name for run in runs}
         if len(backbones) > 1:
             raise ValueError(
                 f"the runs explain different backbones: {', '.join(sorted(backbones))}"
             )
-        self.backbone: Backbone = explainers[0].backbone
+        self.backbone: Backbone = runs[0].backbone
         self.attentions: dict[str, AttentionMechanism] = {
-            explainer.attention.variant: explainer.attention for explainer in explainers
+            run.attention.variant: run.attention for run in runs
         }
-        self.measuring = Measuring(config, explainers[0], load_config(config.run[0]))
+        self.setup = EvaluationSetup(config, runs[0])
         self.names = self._names()
 
     def _names(self) -> list[str]:
@@ -117,8 +121,8 @@ class Comparison:
         }
         return load_method(name, self.backbone, self.attentions.get(name), **options)
 
-    def measure(self, name: str) -> dict:
-        """The method's figures: those in its file where that has the same settings."""
+    def evaluate(self, name: str) -> dict:
+        """The figures of a method, from its file if that has the same settings."""
         path = self.config.output / f"{name}.json"
         settings = self._settings(name)
         if path.is_file():
@@ -126,12 +130,12 @@ class Comparison:
             if figures["settings"] == settings:
                 return figures
         method = self.method(name)
-        indices = thin(self.measuring.indices, self.config.limits.get(name))
+        indices = thin(self.setup.indices, self.config.limits.get(name))
         _say(f"{name}: {len(indices)} images, {method.forward_passes} forward passes each")
-        return self.measuring.measure(method, path, settings, indices)
+        return self.setup.evaluate(method, path, settings, indices)
 
     def _settings(self, name: str) -> dict:
-        """What the figures of a method depend on, as JSON gives it back."""
+        """The settings on which the figures of a method depend, as read back from JSON."""
         settings = dataclasses.asdict(self.config)
         for field in ("output", "methods", "limits", "method_config", "pictures", "batch_size"):
             del settings[field]
@@ -142,42 +146,36 @@ class Comparison:
     def write(self, figures: Mapping[str, dict]) -> None:
         """Tables, curves and the picture."""
         output, columns = self.config.output, list(figures.values())
-        for kind, rows in (
-            ("ad_ic", tables.ad_ic_rows(columns)),
-            ("road", tables.road_rows(columns)),
-        ):
-            for ending, write in tables.FORMATS.items():
-                if rows:
-                    text = write(columns, rows)
-                    write_atomically(output / f"table_{kind}.{ending}", text)
-            if rows:
-                print(tables.markdown(columns, rows))
+        for name, rows in tables.comparison_tables(columns).items():
+            for extension, text in tables.FORMATS.items():
+                write_atomically(output / f"table_{name}.{extension}", text(columns, rows))
+            print(tables.markdown(columns, rows))
         if "road" in self.config.measures:
             curves([output / f"{name}.json" for name in figures], output)
         if self.config.pictures:
             self._draw(list(figures))
 
     def _draw(self, names: Sequence[str]) -> None:
-        """Images in columns, methods in rows; each map explains its image's predicted class."""
-        chosen = thin(self.measuring.indices, self.config.pictures)
+        """Images in columns, methods in rows. Each map explains the predicted class of its image."""
+        chosen = thin(self.setup.indices, self.config.pictures)
         batches = evaluation_batches(
-            self.measuring.source, self.backbone.preprocessing, len(chosen), indices=chosen
+            self.setup.source, self.backbone.preprocessing, len(chosen), indices=chosen
         )
         pictures = next(batches)["image"]
-        images = pictures.astype(np.float32) / 255
+        images = to_float(pictures)
         classes = np.asarray(_predicted(self.backbone, images))
         rows = {}
         for name in names:
             print(f"{name}: maps of {len(images)} images")
-            maps = explain(self.method(name), images, classes[:, None])
-            rows[tables.TITLES.get(name, name)] = np.asarray(maps[:, 0])
+            maps = compute_maps(self.method(name), images, classes[:, None])
+            rows[method_title(name)] = np.asarray(maps[:, 0])
         titles = [self._class_name(label) for label in classes]
         path = self.config.output / "maps.png"
         save_figure(explanation_grid(pictures, rows, titles), path)
         print(path)
 
     def _class_name(self, label: int) -> str:
-        names = self.measuring.source.class_names
+        names = self.setup.source.class_names
         return names[label] if names and len(names) == self.backbone.num_classes else str(label)
 
 

@@ -1,4 +1,4 @@
-"""`ttame curves`: ROAD over the share of removed pixels, a line a method (Fig. 8 to 13)."""
+"""`ttame curves`: ROAD scores over the share of removed pixels (Fig. 8 to 13 of the paper)."""
 
 import csv
 import io
@@ -16,15 +16,15 @@ ORDERS = {"MoRF": "most relevant first (lower is better)", "LeRF": "least releva
 
 
 def curves(figures: Sequence[Path], output: Path) -> None:
-    """Draws the ROAD curves of evaluations, and writes their numbers.
+    """Draws the ROAD curves of evaluations and writes their values.
 
     Args:
-      figures: JSON files of ``ttame evaluate --measures road``; lines are named by their method,
-        or by the file where two have the same.
-      output: folder for ``road.png``, ``road.svg`` and ``road.csv``.
+      figures: JSON files of `ttame evaluate --measures road`. Lines are named after their methods,
+        or after the files if two have the same method.
+      output: folder for `road.png`, `road.svg` and `road.csv`.
 
     Raises:
-      ValueError: if a file holds no ROAD figures.
+      ValueError: a file has no ROAD figures.
     """
     lines = _read(figures)
     figure = draw(lines)
@@ -35,7 +35,7 @@ def curves(figures: Sequence[Path], output: Path) -> None:
 
 
 def _read(paths: Sequence[Path]) -> dict[str, dict]:
-    """``{name: figures}``, the name as their method, too."""
+    """Returns `{name: figures}`, where the name also replaces the method in the figures."""
     if not paths:
         raise ValueError("no figures given: ttame curves FIGURES.json... --output DIR")
     contents = [json.loads(path.read_text()) for path in paths]
@@ -49,7 +49,7 @@ def _read(paths: Sequence[Path]) -> dict[str, dict]:
 
 
 def draw(lines: Mapping[str, Mapping]) -> Figure:
-    """MoRF and LeRF side by side, of ``{name: figures}``."""
+    """Draws MoRF and LeRF side by side, from `{name: figures}`."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, (order, title) in zip(figure.subplots(1, 2, sharey=True), ORDERS.items()):
         for i, (name, line) in enumerate(zip(titles(list(lines.values())), lines.values())):
@@ -60,12 +60,12 @@ def draw(lines: Mapping[str, Mapping]) -> Figure:
         axes.grid(alpha=0.3)
         axes.legend(title="mean", fontsize=8)
     figure.axes[0].set_ylabel("confidence, %")
-    figure.axes[0].set_ylim(bottom=0)  # of both, once both have their lines
+    figure.axes[0].set_ylim(bottom=0)  # of both axes, after all lines are drawn
     return figure
 
 
 def table(lines: Mapping[str, Mapping]) -> str:
-    """The curves' numbers as CSV: a line a method and order."""
+    """Returns the curves' values as CSV, with one line per method and order."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     columns = list(next(iter(lines.values()))["ROAD"]["MoRF"])

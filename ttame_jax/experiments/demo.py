@@ -1,4 +1,4 @@
-"""The demo: a classifier of digits, its T-TAME, their measures and a page of pictures."""
+"""`ttame demo`: a classifier of digits, its T-TAME, their metrics and a page of pictures."""
 
 import dataclasses
 import time
@@ -7,27 +7,28 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from ttame_jax.backbones import load_backbone, save_backbone
+from ttame_jax.config import preset
 from ttame_jax.data import Source, evaluation_batches, load_source
-from ttame_jax.explainer import Explainer, load_explainer
+from ttame_jax.experiments.train import train
+from ttame_jax.explainer import Explainer
 from ttame_jax.files import write_atomically
-from ttame_jax.methods import TTAME
 from ttame_jax.metrics.evaluation import Evaluator, summarise
 from ttame_jax.plots import heatmap, overlay, save_image
+from ttame_jax.preprocessing import to_float
+from ttame_jax.runs import load_explainer
 from ttame_jax.training.classifier import accuracy, train_classifier
-from ttame_jax.training.config import preset
-from ttame_jax.training.loop import train
+from ttame_jax.weights import load_backbone, save_backbone
 
 BACKBONE = "digits_vit"
 CLASSIFIER_EPOCHS = 6
 SHOWN = 12  # pictures on the page
-MEASURES = ("ad", "ic", "pointing")
+METRICS = ("ad", "ic", "pointing")
 
 
 def run_demo(output: Path) -> None:
-    """Trains, measures and shows T-TAME on the built-in digits, in minutes on two cores.
+    """Trains and evaluates T-TAME on the built-in digits in minutes on two cores.
 
-    A second call reuses what the first has trained.
+    A second call reuses the classifier and the run of the first.
     """
     start = time.monotonic()
     weights = output / f"{BACKBONE}.safetensors"
@@ -40,15 +41,14 @@ def run_demo(output: Path) -> None:
 
     explainer = load_explainer(run)
     test = load_source("digits", "test")
-    method = TTAME(explainer.backbone, explainer.attention)
     facts = {
         "accuracy": 100 * accuracy(explainer.backbone, test),
-        **summarise(Evaluator(method, test, measures=MEASURES)(), MEASURES),
+        **summarise(Evaluator(explainer.method, test, metrics=METRICS)(), METRICS),
     }
     facts["minutes"] = (time.monotonic() - start) / 60
     _write_page(explainer, test, output, facts)
     print(
-        f"classifier {facts['accuracy']:.1f} % right; the map's maximum lies on the digit in "
+        f"classifier accuracy {facts['accuracy']:.1f} %; the map's maximum lies on the digit in "
         f"{facts['pointing']['mean']:.1f} % of the test images; AD(15 %) {facts['AD']['15']:.1f}, "
         f"IC(15 %) {facts['IC']['15']:.1f}; {facts['minutes']:.1f} minutes"
     )
@@ -60,7 +60,7 @@ def _write_page(explainer: Explainer, source: Source, output: Path, facts: dict)
     preprocessing = explainer.backbone.preprocessing
     (batch,) = evaluation_batches(source, preprocessing, SHOWN, indices=indices)
     images = batch["image"]
-    explanation = explainer(images.astype(np.float32) / 255, "top2")
+    explanation = explainer(to_float(images), "top2")
     rows = []
     for i, image in enumerate(images):
         maps, classes, probabilities = (

@@ -1,158 +1,152 @@
-"""`ttame evaluate`: measures a method's maps and writes the figures as JSON."""
+"""`ttame evaluate`: evaluates the maps of an explanation method and writes the figures as JSON."""
 
 import dataclasses
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
-import numpy as np
 import tyro
-from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from ttame_jax.data import Source, load_source, select
-from ttame_jax.explainer import Explainer, load_explainer
+from ttame_jax.experiments.arguments import Names
+from ttame_jax.experiments.resumable import ResumableRows
 from ttame_jax.files import write_atomically
-from ttame_jax.masking import MaskingKind
-from ttame_jax.methods import Method, load_method
-from ttame_jax.metrics.evaluation import MEASURES, Evaluator, Rows, intervals, summarise
-from ttame_jax.training.config import TrainConfig, load_config
+from ttame_jax.methods import Method, list_methods, load_method
+from ttame_jax.metrics import Evaluator, intervals, list_metrics, load_metrics, summarise
+from ttame_jax.preprocessing import Masking
+from ttame_jax.runs import Run, load_run
 
-MaskingChoice = Literal["backbone", "pixel", "standardised"]
+MaskingChoice = Literal["backbone"] | Masking
 
-
-def listed(kind: Callable[[str], Any], metavar: str):
-    """How several values are given on the command line, with commas or spaces between them."""
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar=metavar,
-        instance_from_str=lambda words: tuple(map(kind, " ".join(words).replace(",", " ").split())),
-        is_instance=lambda values: isinstance(values, tuple),
-        str_from_instance=lambda values: [",".join(map(str, values))],
-    )
-
-
-Names = Annotated[tuple[str, ...], listed(str, "NAME,...")]
+MetricNames = Annotated[
+    Names, tyro.conf.arg(help=f"Metrics to compute; any of {', '.join(list_metrics())}.")
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeasureConfig:
-    """Which images to measure on, and how."""
+class EvaluationOptions:
+    """Images and metrics of an evaluation."""
 
     dataset: str | None = None
-    """A TFDS data set, folder:DIR or digits; by default the run's."""
+    """A TFDS data set, folder:DIR or digits. The default is the run's data set."""
     data_dir: str | None = None
-    """Where TFDS keeps its data sets; by default the run's."""
+    """The folder of TFDS data sets. The default is the run's folder."""
     split: str = "validation"
-    """Split to measure on, in TFDS's syntax."""
+    """The split to evaluate on, in TFDS's syntax."""
     limit: int | None = None
-    """At most so many images, evenly spread."""
+    """The largest number of images; they are evenly spaced in the split."""
     list: Path | None = None
-    """Only the images that this file names, FILENAME LABEL a line as the authors' lists."""
-    measures: Names = ("ad", "ic")
-    """Any of ad,ic,road,road_reference,insertion,deletion,pointing: average drop, increase in
-    confidence, ROAD (road_reference is the authors' variant) and so on."""
+    """A file that selects images, with one FILENAME LABEL per line like the authors' lists."""
+    measures: MetricNames = ("ad", "ic")
     masking: MaskingChoice | None = None
-    """How a map masks an image for AD and IC; by default as the run's configuration says, else the
-    backbone's own way. The authors' code masks pixels for every backbone."""
+    """How a map masks an image for AD and IC. The default is the setting in the run's
+    configuration, or else the backbone's own masking. The authors' code masks pixels for every
+    backbone."""
     batch_size: int = 32
-    """Images at a time, over all devices."""
+    """Images per batch, over all devices."""
     seed: int = 0
-    """Of ROAD's noise."""
+    """Seed of ROAD's noise."""
     weights: str | None = None
-    """Of the backbone, where they are no longer where the run found them."""
+    """The backbone's weights, if they have moved since the run."""
 
     def __post_init__(self):
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"--limit must be at least 1, not {self.limit}")
-        if unknown := [name for name in self.measures if name not in MEASURES]:
-            raise ValueError(
-                f"unknown measure {', '.join(unknown)}; there are {', '.join(MEASURES)}"
-            )
+        load_metrics(self.measures)  # fails before anything is loaded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(MeasureConfig):
-    """What to measure, and on which images."""
+class EvaluateConfig(EvaluationOptions):
+    """A method to evaluate, with images and metrics."""
 
     run: Path
-    """The run's folder, as ttame train wrote it."""
+    """The folder of a run, as written by ttame train."""
     output: Path
-    """JSON file for the figures; what is measured so far is kept beside it until it is done."""
-    method: str | None = None
-    """The run's own by default, or another that explains its backbone: gradcam, gradcam++,
-    scorecam, ablationcam, rise, iia or transformer_lrp."""
+    """JSON file for the figures. Rows of an unfinished evaluation are kept beside it."""
+    method: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help=f"The method to evaluate; any of {', '.join(list_methods())}. "
+            "The default is the run's own method."
+        ),
+    ] = None
     method_config: dict[str, int | str] = dataclasses.field(default_factory=dict)
-    """Options of the method, as name and value: masks 1000, or layer blocks.10."""
+    """Options of the method as name and value, such as masks 1000 or layer blocks.10."""
 
 
 def evaluate(config: EvaluateConfig) -> dict:
-    """Measures a method's maps on images, prints a table and writes the figures.
+    """Evaluates a method's maps, prints a table and writes the figures.
 
-    An interrupted evaluation resumes from the images it has measured.
+    An interrupted evaluation resumes with the images that are left.
 
     Returns:
-      What the JSON file holds (empty in all processes of a run but the first).
+      The contents of the JSON file. Empty in all processes but the first.
 
     Raises:
-      ValueError: if none of the images of the list is there, or the method does not apply.
-      FileNotFoundError: if the run, the images or the weights are missing.
+      ValueError: the source has no image of the list, or the method does not apply.
+      FileNotFoundError: the run, the images or the weights are missing.
     """
-    explainer = load_explainer(config.run, config.weights)
-    name = config.method or explainer.attention.variant
-    method = load_method(name, explainer.backbone, explainer.attention, **config.method_config)
-    measuring = Measuring(config, explainer, load_config(config.run))
+    run = load_run(config.run, config.weights)
+    name = config.method or run.attention.variant
+    method = load_method(name, run.backbone, run.attention, **config.method_config)
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "output"}
-    figures = measuring.measure(method, config.output, settings)
+    figures = EvaluationSetup(config, run).evaluate(method, config.output, settings)
     if figures:
         print(table(figures))
     return figures
 
 
-class Measuring:
-    """The images and the way that all methods of a backbone are measured on.
+class EvaluationSetup:
+    """The images, metrics and masking that all methods of a backbone are evaluated with.
 
     Args:
-      config: as on the command line.
-      explainer: of the run; its backbone says how to mask by default.
-      trained: the run's configuration.
+      options: from the command line.
+      run: supplies the defaults of the options.
     """
 
-    def __init__(self, config: MeasureConfig, explainer: Explainer, trained: TrainConfig):
-        self.config = config
+    def __init__(self, options: EvaluationOptions, run: Run):
+        self.options = options
         self.source: Source = load_source(
-            config.dataset or trained.dataset, config.split, config.data_dir or trained.data_dir
+            options.dataset or run.config.dataset,
+            options.split,
+            options.data_dir or run.config.data_dir,
         )
-        self.indices = select(self.source, config.list, config.limit)
-        own = explainer.backbone.masking
-        choice = config.masking or trained.evaluation_masking or own
-        self.masking: MaskingKind = own if choice == "backbone" else choice
+        self.indices = select(self.source, options.list, options.limit)
+        own = run.backbone.masking
+        choice = options.masking or run.config.evaluation_masking or own
+        self.masking: Masking = own if choice == "backbone" else choice
 
-    def measure(
+    def evaluate(
         self,
         method: Method,
         output: Path,
         settings: Mapping[str, Any],
         indices: Sequence[int] | None = None,
     ) -> dict:
-        """Measures a method on these images (or some of them) and writes its figures.
+        """Evaluates a method and writes its figures to `output`.
 
-        What `settings` say must be the same for a file of measurements to be resumed.
+        Args:
+          method: the method.
+          output: JSON file for the figures.
+          settings: what the figures depend on. Only rows with the same settings are resumed.
+          indices: the images to evaluate; by default all of the setup.
+
+        Returns:
+          The contents of the file. Empty in all processes but the first.
         """
-        config = self.config
+        options = self.options
         evaluator = Evaluator(
             method,
             self.source,
             masking=self.masking,
-            measures=config.measures,
-            batch_size=config.batch_size,
-            seed=config.seed,
+            metrics=options.measures,
+            batch_size=options.batch_size,
+            seed=options.seed,
         )
-        partial = Partial(output, settings)
-        rows, seconds = partial.measure(evaluator, self.indices if indices is None else indices)
+        resumable = ResumableRows(output, settings)
+        rows, seconds = resumable.collect(evaluator, self.indices if indices is None else indices)
         if jax.process_index() > 0:
             return {}
         figures = {
@@ -160,87 +154,36 @@ class Measuring:
             "method": method.name,
             "backbone": method.backbone.name,
             "masking": self.masking,
-            **summarise(rows, config.measures),
-            "intervals": intervals(rows, config.measures),
+            **summarise(rows, options.measures),
+            "intervals": intervals(rows, options.measures),
             "forward_passes": method.forward_passes,
             "seconds_per_image": seconds / len(rows["index"]),
             "settings": json.loads(json.dumps(settings, default=str)),
         }
         write_atomically(output, json.dumps(figures, indent=2) + "\n")
-        partial.remove()
+        resumable.remove()
         return figures
 
 
-class Partial:
-    """Rows measured so far, beside the output: a line of settings, then one an image.
-
-    The first of several processes keeps them; it tells the others what is left.
-
-    Args:
-      output: the file of the figures.
-      settings: a file left by a run of other settings is not used.
-    """
-
-    def __init__(self, output: Path, settings: Mapping[str, Any]):
-        self.path = output.with_name(output.name + ".partial")
-        self.header = json.dumps({"settings": settings}, default=str)
-
-    def measure(self, evaluator: Evaluator, indices: Sequence[int]) -> tuple[Rows, float]:
-        """Measures what is left of the images; all rows, and the seconds it took in all."""
-        first = jax.process_index() == 0
-        records = self._read() if first else []
-        done = np.isin(indices, [record["index"] for record in records])
-        left = np.asarray(indices)[~multihost_utils.broadcast_one_to_all(done)]
-        bar = tqdm(
-            total=len(indices), initial=len(indices) - len(left), unit="image", disable=not first
-        )
-        start = time.perf_counter()
-        with bar:
-            for rows in evaluator.batches(indices=left) if len(left) else ():
-                seconds, start = time.perf_counter() - start, time.perf_counter()
-                count = len(rows["index"])
-                new = [
-                    {name: values[i].tolist() for name, values in rows.items()}
-                    | {"seconds": seconds / count}
-                    for i in range(count)
-                ]
-                records += new
-                if first:
-                    self._append(new)
-                bar.update(count)
-        records.sort(key=lambda record: record["index"])
-        rows = {name: np.array([record[name] for record in records]) for name in records[0]}
-        return rows, float(rows.pop("seconds").sum())
-
-    def remove(self) -> None:
-        self.path.unlink()
-
-    def _append(self, records: Sequence[dict]) -> None:
-        with self.path.open("a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-
-    def _read(self) -> list[dict]:
-        """Whole lines of a file with these settings; starts a new file otherwise."""
-        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
-        if not lines or lines[0] != self.header:
-            lines = [self.header]
-        write_atomically(self.path, "".join(line + "\n" for line in lines))
-        return [json.loads(line) for line in lines[1:]]
-
-
-def table(figures: dict) -> str:
-    """The figures as lines of text."""
-    lines = [
+def table(figures: Mapping[str, Any]) -> str:
+    """Returns the figures and their intervals as lines of text."""
+    head = (
         "{method} on {backbone}, {masking} masking, {images} images, "
-        "{seconds_per_image:.2f} s an image".format(**figures)
-    ]
-    for name, interval in figures["intervals"].items():
-        curves = interval if "MoRF" in interval else {"": interval}
-        for order, low_high in curves.items():
-            means = figures[name][order] if order else figures[name]
-            cells = [
-                f"{key}: {mean:.1f} [{low_high[key][0]:.1f}, {low_high[key][1]:.1f}]"
-                for key, mean in means.items()
-            ]
-            lines.append(f"{name} {order}".strip() + "  " + "  ".join(cells))
-    return "\n".join(lines)
+        "{seconds_per_image:.2f} s per image"
+    )
+    return "\n".join([head.format(**figures), *_lines(figures, figures["intervals"])])
+
+
+def _lines(means: Mapping[str, Any], intervals: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Returns one line per group of means, named by the keys that lead to it."""
+    lines = []
+    for name, below in intervals.items():
+        if isinstance(next(iter(below.values())), Mapping):
+            lines += _lines(means[name], below, f"{prefix}{name} ")
+        else:
+            cells = (
+                f"{key}: {mean:.1f} [{below[key][0]:.1f}, {below[key][1]:.1f}]"
+                for key, mean in means[name].items()
+            )
+            lines.append(f"{prefix}{name}  " + "  ".join(cells))
+    return lines

@@ -13,18 +13,19 @@ import jax
 from etils import epath
 from matplotlib.figure import Figure
 
-from ttame_jax.experiments.evaluate import listed
+from ttame_jax.config import CONFIG_FILE, TrainConfig, command, preset
+from ttame_jax.experiments.arguments import listed
+from ttame_jax.experiments.train import train
 from ttame_jax.files import write_atomically
 from ttame_jax.plots import line_style, save_figure
-from ttame_jax.training.checkpoints import CHECKPOINT_FOLDER, score
-from ttame_jax.training.config import CONFIG_FILE, TrainConfig, command, load_config, preset
+from ttame_jax.runs import CHECKPOINT_FOLDER, load_config, score
 from ttame_jax.training.log import say
-from ttame_jax.training.loop import settle, train
+from ttame_jax.training.loop import settle
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """What is tried."""
+    """The peak rates and numbers of epochs to try."""
 
     rates: Annotated[tuple[float, ...], listed(float, "RATE,...")] = (
         1e-4,
@@ -33,58 +34,58 @@ class Grid:
         3e-3,
         1e-2,
     )
-    """Peak rates, each in place of --learning-rate."""
+    """Peak rates to try instead of --learning-rate."""
     epochs_grid: Annotated[tuple[int, ...], listed(int, "EPOCHS,...")] = ()
-    """Numbers of epochs, each a cycle of its own. By default there is one cycle of --epochs a rate,
-    measured after each of them: all but the last are then of a cycle that goes on."""
+    """Numbers of epochs to try, each with its own cycle. By default each rate has one cycle of
+    --epochs, validated after every epoch; all but the last epoch then lie within the cycle."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A run as it was after so many epochs."""
+    """A run after a number of epochs."""
 
     run: TrainConfig
     epochs: int
-    measured: Mapping[str, float]  # a line of validation.jsonl
+    figures: Mapping[str, float]  # a line of validation.jsonl
 
     @property
     def score(self) -> float:
-        """As of checkpoints."""
-        return score(self.measured)
+        """The criterion for the best checkpoint."""
+        return score(self.figures)
 
 
 def lr_find(config: TrainConfig, grid: Grid) -> Point | None:
-    """Trains every setting of the grid as a run of its own and writes what the runs measure.
+    """Trains a run for every setting of the grid and tabulates their validation metrics.
 
-    The runs are in ``OUTPUT/rate_R``, or ``OUTPUT/rate_R/epochs_E`` for cycles of their own.
-    Finished ones are not trained again, and one that was interrupted resumes. After each run
-    ``lr_find.md``, ``.csv``, ``.png`` and ``.svg`` hold all that have finished.
+    The runs are in ``OUTPUT/rate_R``, or in ``OUTPUT/rate_R/epochs_E`` if the grid has epochs.
+    Finished runs are not trained again, and interrupted ones resume. After each run ``lr_find.md``,
+    ``.csv``, ``.png`` and ``.svg`` are written with all finished runs.
 
     Args:
-      config: of all runs, but for the rate, the folder and, if the grid has them, the epochs.
+      config: of all runs, except for the rate, the folder and, if the grid has them, the epochs.
       grid: the rates and epochs.
 
     Returns:
       The best point; None if SIGTERM has stopped the search.
 
     Raises:
-      ValueError: for a setting that cannot be trained, before any is, or if all diverge.
+      ValueError: a setting cannot be trained (raised before any training), or all diverge.
     """
     if not grid.rates:
         raise ValueError("no rate given: ttame lr-find --rates 1e-4,1e-3,1e-2")
     if config.validation_images < 1:
         raise ValueError(
-            f"lr-find chooses by the validation images: --validation-images must be at least 1, "
+            f"lr-find needs validation images: --validation-images must be at least 1, "
             f"not {config.validation_images}"
         )
     runs = _runs(config, grid)
     points: list[Point] = []
     for i, run in enumerate(runs, start=1):
         run = settle(dataclasses.replace(run, batch_size=_batch_size(runs)))
-        if _measured(run) is None:
+        if _figures(run) is None:
             say(f"run {i} of {len(runs)}: --learning-rate {run.learning_rate:g}")
             train(run)
-        lines = _measured(run)
+        lines = _figures(run)
         if lines is None:
             say("stopped: the same command resumes the search")
             return None
@@ -115,21 +116,21 @@ def _runs(config: TrainConfig, grid: Grid) -> list[TrainConfig]:
 
 
 def _batch_size(runs: Sequence[TrainConfig]):
-    """The same in all runs: where it is auto, what the first of them has found."""
+    """The batch size of all runs: if it is auto, what the first run has chosen."""
     for run in runs:
         if run.batch_size == "auto" and (epath.Path(run.output) / CONFIG_FILE).is_file():
             return load_config(run.output).batch_size
     return runs[0].batch_size
 
 
-def _measured(run: TrainConfig) -> list[dict] | None:
-    """The lines of a finished run, one an epoch; None of a run that is not."""
+def _figures(run: TrainConfig) -> list[dict] | None:
+    """The lines of a finished run, one per epoch; None if it is unfinished."""
     path = epath.Path(run.output) / "validation.jsonl"
     text = path.read_text() if path.is_file() else ""
     lines = [json.loads(line) for line in text.split("\n")[:-1]]
     if not lines or lines[-1]["epoch"] < run.epochs:
         return None
-    # A run is measured before it is saved.
+    # A run is validated before its checkpoint is saved.
     saved = epath.Path(run.output) / CHECKPOINT_FOLDER / str(lines[-1]["step"])
     return lines if saved.is_dir() else None
 
@@ -148,12 +149,13 @@ def _axes(points: Sequence[Point]) -> tuple[list[float], list[int]]:
 
 
 def markdown(points: Sequence[Point]) -> str:
-    """AD(15 %)/IC(15 %), a line a rate and a column a number of epochs; the best is bold."""
+    """AD(15 %)/IC(15 %) with one line per rate and one column per number of epochs; the best is
+    bold."""
     rates, epochs = _axes(points)
     best = max(points, key=lambda point: point.score)
     cells = {
         (point.run.learning_rate, point.epochs): ("**{}**" if point is best else "{}").format(
-            "{AD_15:.1f}/{IC_15:.1f}".format(**point.measured)
+            "{AD_15:.1f}/{IC_15:.1f}".format(**point.figures)
         )
         for point in points
     }
@@ -163,24 +165,24 @@ def markdown(points: Sequence[Point]) -> str:
 
 
 def comma_separated(points: Sequence[Point]) -> str:
-    """A line a point; the score is IC - AD."""
+    """One line per point. The score is IC - AD."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["learning_rate", "epochs", "AD_15", "IC_15", "score"])
     for point in sorted(points, key=lambda point: (point.run.learning_rate, point.epochs)):
-        values = (point.measured["AD_15"], point.measured["IC_15"], point.score)
+        values = (point.figures["AD_15"], point.figures["IC_15"], point.score)
         writer.writerow([point.run.learning_rate, point.epochs, *(f"{v:.3f}" for v in values)])
     return buffer.getvalue()
 
 
 def draw(points: Sequence[Point]) -> Figure:
-    """AD and IC over the rate, side by side, a line a number of epochs."""
+    """AD and IC over the rate, side by side, with one line per number of epochs."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = zip(figure.subplots(1, 2), ("AD", "IC"), ("lower", "higher"))
-    for axes, measure, better in panels:
+    for axes, metric, better in panels:
         for i, epochs in enumerate(_axes(points)[1]):
             line = sorted(
-                (point.run.learning_rate, point.measured[f"{measure}_15"])
+                (point.run.learning_rate, point.figures[f"{metric}_15"])
                 for point in points
                 if point.epochs == epochs
             )
@@ -189,7 +191,7 @@ def draw(points: Sequence[Point]) -> Figure:
                 **line_style(i),
                 label=str(epochs),
             )
-        title = f"{measure}(15 %): {better} is better"
+        title = f"{metric}(15 %): {better} is better"
         axes.set(title=title, xlabel="peak rate", xscale="log", ylabel="%")
         axes.grid(alpha=0.3)
     figure.axes[1].legend(title="epochs", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

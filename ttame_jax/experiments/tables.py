@@ -1,35 +1,33 @@
-"""The paper's Tables II to V: methods side by side, as Markdown, CSV and LaTeX."""
+"""Methods side by side, as in the paper's Tables II to V: Markdown, CSV and LaTeX."""
 
 import csv
 import io
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
+from typing import Any
 
-TITLES = {
-    "gradcam": "Grad-CAM",
-    "gradcam++": "Grad-CAM++",
-    "scorecam": "Score-CAM",
-    "ablationcam": "Ablation-CAM",
-    "rise": "RISE",
-    "transformer_lrp": "Transformer LRP",
-    "iia": "IIA",
-    "lcam": "L-CAM-Img",
-    "ttame": "T-TAME",
-}
-"""Methods' names in the paper."""
+from ttame_jax.methods import method_title
+from ttame_jax.metrics import list_metrics, load_metrics
+
+Figures = Mapping[str, Any]
+"""A method's figures, as `ttame evaluate` writes them."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A measure of every method, in %."""
+    """A metric's values for all methods, in %."""
 
     title: str
     values: tuple[float, ...]
     lower_is_better: bool
 
     def ranks(self, ranked: Sequence[bool]) -> list[int | None]:
-        """Place of each method, 0 the best and equal ones alike, as far as two decimals tell;
-        None of those that are not ranked."""
+        """Ranks the methods: 0 is the best, and values equal to two decimals share a rank.
+
+        The rank is None where `ranked` is False.
+        """
         sign = 1 if self.lower_is_better else -1
         signed = [sign * round(value, 2) for value in self.values]
         order = sorted({value for value, counts in zip(signed, ranked) if counts})
@@ -37,37 +35,32 @@ class Row:
         return [places[v] if counts else None for v, counts in zip(signed, ranked)]
 
 
-def ad_ic_rows(figures: Sequence[Mapping]) -> list[Row]:
-    """Tables II and III."""
-    return [
-        Row(f"{measure}{arrow}({percent}%)", _values(figures, measure, percent), arrow == "↓")
-        for percent in ("100", "50", "15")
-        for measure, arrow in (("AD", "↓"), ("IC", "↑"))
-        if all(measure in one for one in figures)
-    ]
+def comparison_tables(figures: Sequence[Figures]) -> dict[str, list[Row]]:
+    """Returns the tables by name, with the metrics that all methods were evaluated on.
 
-
-def road_rows(figures: Sequence[Mapping]) -> list[Row]:
-    """Tables IV and V."""
-    if not all("ROAD" in one for one in figures):
-        return []
-    return [
-        Row(f"{order}{arrow}", tuple(one["ROAD"][order]["mean"] for one in figures), arrow == "↓")
-        for order, arrow in (("MoRF", "↓"), ("LeRF", "↑"))
-    ]
-
-
-def _values(figures: Sequence[Mapping], measure: str, percent: str) -> tuple[float, ...]:
-    return tuple(one[measure][percent] for one in figures)
+    Metrics that share a table take turns: AD↓(100%), IC↑(100%), AD↓(50%) and so on.
+    """
+    tables = defaultdict(list)
+    for metric in load_metrics(list_metrics()):
+        if all(metric.key in one for one in figures):
+            tables[metric.table].append(metric.table_rows())
+    return {
+        table: [
+            Row(row.title, tuple(map(row.value, figures)), row.lower_is_better)
+            for row in chain.from_iterable(zip_longest(*rows))
+            if row is not None
+        ]
+        for table, rows in tables.items()
+    }
 
 
 Cell = Callable[[str, int | None], str]  # a value and its rank
 
 
-def _cells(figures: Sequence[Mapping], rows: Sequence[Row], cell: Cell) -> list[list[str]]:
-    """The table's body: a title and the methods' values in each line, forward passes last.
+def _cells(figures: Sequence[Figures], rows: Sequence[Row], cell: Cell) -> list[list[str]]:
+    """Returns the table's body: titles and values, with the forward passes in the last row.
 
-    Methods measured on fewer images than others stand unranked.
+    Methods evaluated on fewer images than others are excluded from the ranking.
     """
     most = max(one["images"] for one in figures)
     ranked = [one["images"] == most for one in figures]
@@ -78,26 +71,26 @@ def _cells(figures: Sequence[Mapping], rows: Sequence[Row], cell: Cell) -> list[
     return [*body, ["FP↓", *(str(one["forward_passes"]) for one in figures)]]
 
 
-def titles(figures: Sequence[Mapping]) -> list[str]:
-    """The methods' names, with their number of images where it is less than the others'."""
+def titles(figures: Sequence[Figures]) -> list[str]:
+    """Returns the methods' titles, with the number of images if others have more."""
     most = max(one["images"] for one in figures)
-    names = [TITLES.get(one["method"], one["method"]) for one in figures]
+    names = [method_title(one["method"]) for one in figures]
     return [
         name if one["images"] == most else f"{name} ({one['images']} images)"
         for name, one in zip(names, figures)
     ]
 
 
-def markdown(figures: Sequence[Mapping], rows: Sequence[Row]) -> str:
-    """The best value of a line is bold, the second underlined."""
+def markdown(figures: Sequence[Figures], rows: Sequence[Row]) -> str:
+    """Formats a Markdown table; the best value of a row is bold, the second underlined."""
     marks = {0: "**{}**", 1: "<u>{}</u>"}
     body = _cells(figures, rows, lambda value, rank: marks.get(rank, "{}").format(value))
     head = [["measure", *titles(figures)], ["---"] * (len(figures) + 1)]
     return "".join("| " + " | ".join(line) + " |\n" for line in [*head, *body])
 
 
-def comma_separated(figures: Sequence[Mapping], rows: Sequence[Row]) -> str:
-    """Plain values."""
+def comma_separated(figures: Sequence[Figures], rows: Sequence[Row]) -> str:
+    """Formats CSV with plain values."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["measure", *titles(figures)])
@@ -105,8 +98,8 @@ def comma_separated(figures: Sequence[Mapping], rows: Sequence[Row]) -> str:
     return buffer.getvalue()
 
 
-def latex(figures: Sequence[Mapping], rows: Sequence[Row]) -> str:
-    """A tabular; the best value of a line is bold, the second underlined."""
+def latex(figures: Sequence[Figures], rows: Sequence[Row]) -> str:
+    """Formats a LaTeX tabular; the best value of a row is bold, the second underlined."""
     marks = {0: r"\textbf{%s}", 1: r"\underline{%s}"}
     body = _cells(figures, rows, lambda value, rank: marks.get(rank, "%s") % value)
     lines = [["Measure", *titles(figures)], *body]
@@ -122,4 +115,4 @@ def latex(figures: Sequence[Mapping], rows: Sequence[Row]) -> str:
 _LATEX = str.maketrans({"%": r"\%", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "_": r"\_"})
 
 FORMATS = {"md": markdown, "csv": comma_separated, "tex": latex}
-"""File endings and what writes them."""
+"""Formatting functions by file extension."""

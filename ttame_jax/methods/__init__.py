@@ -1,26 +1,32 @@
 """Explanation methods behind one interface."""
 
-from ttame_jax.methods.ablationcam import AblationCAM
-from ttame_jax.methods.base import Method, explain
+# A method registers itself when it is imported. The order is that of the paper's tables.
+# isort: off
+from ttame_jax.methods.base import Explanation, Method, compute_maps
 from ttame_jax.methods.gradcam import GradCAM, GradCAMPlusPlus
-from ttame_jax.methods.iia import IIA
-from ttame_jax.methods.registry import list_methods, load_method
-from ttame_jax.methods.rise import RISE
 from ttame_jax.methods.scorecam import ScoreCAM
+from ttame_jax.methods.ablationcam import AblationCAM
+from ttame_jax.methods.rise import RISE
 from ttame_jax.methods.transformer_lrp import TransformerLRP
-from ttame_jax.methods.ttame import TTAME
+from ttame_jax.methods.iia import IIA
+from ttame_jax.methods.ttame import LCAM, TTAME
+from ttame_jax.methods.registry import list_methods, load_method, method_title
+# isort: on
 
 __all__ = [
     "IIA",
+    "LCAM",
     "RISE",
     "TTAME",
     "AblationCAM",
+    "Explanation",
     "GradCAM",
     "GradCAMPlusPlus",
     "Method",
     "ScoreCAM",
     "TransformerLRP",
-    "explain",
+    "compute_maps",
     "list_methods",
     "load_method",
+    "method_title",
 ]

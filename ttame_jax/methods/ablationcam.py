@@ -1,4 +1,4 @@
-"""Ablation-CAM (Desai and Ramaswamy, WACV 2020): what a class loses without a channel."""
+"""Ablation-CAM (Desai and Ramaswamy, WACV 2020): the drop of a logit without a channel."""
 
 import jax
 import jax.numpy as jnp
@@ -7,15 +7,13 @@ from ttame_jax.methods.base import chunk_size
 from ttame_jax.methods.cam import CAM
 
 
-class AblationCAM(CAM):
-    """Channels weigh by the share of a class's logit that goes when they are set to zero.
+class AblationCAM(CAM, name="ablationcam", title="Ablation-CAM"):
+    """Weighs channels by the relative drop of a class's logit when the channel is set to zero.
 
-    Only what follows the target layer runs again for each channel, and of the classifier's head
-    only the classes asked for. pytorch-grad-cam differs where activations can be negative, as in
-    a ViT: it sets the channel to a very low value instead.
+    For each channel only the layers after the target layer run again, and the head computes only
+    the requested classes. pytorch-grad-cam differs where activations can be negative, as in a
+    ViT: it sets the channel to a very low value instead.
     """
-
-    name = "ablationcam"
 
     @property
     def forward_passes(self) -> int:

@@ -1,7 +1,8 @@
-"""The one interface of every explanation method."""
+"""The interface of every explanation method."""
 
-from collections.abc import Callable
-from typing import Literal, get_args
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,24 +12,54 @@ from ttame_jax.backbones import Backbone
 from ttame_jax.backbones.base import State
 
 FORWARD_BATCH = 32
-"""Perturbed images that a device classifies at a time; memory grows with it and nothing else."""
+"""Perturbed images that a device classifies at a time. Memory grows with it and nothing else."""
 
 Recipe = Literal["paper", "reference"]
-"""As the method's paper says, or as the public code that comparisons use computes it."""
+"""As the method's paper says, or as the public code that others compare with computes it."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Explanation maps of B images for K classes each."""
+
+    maps: jax.Array
+    """``[B, K, h, w]`` float32 in [0, 1], at the resolution the method works in."""
+    classes: jax.Array
+    """``[B, K]`` int32: the explained classes."""
+    probabilities: jax.Array
+    """``[B, K]`` float32: the classifier's confidence in each of them."""
+
+
+REGISTERED: dict[str, type["Method"]] = {}
+"""The methods by name, in the order in which they were defined."""
 
 
 class Method(nnx.Module):
-    """Explains a backbone's decisions: ``(images, classes) -> maps``.
+    """Explains the decisions of a backbone: ``(images, classes) -> maps``.
 
-    A pure function of its arguments and of the arrays it holds, so that it can run inside a
-    compiled step; ``nnx.split`` tells the two apart.
+    A method is a pure function of its arguments and of the arrays it holds, so it can run inside
+    a compiled step. ``nnx.split`` separates the two.
+
+    A subclass registers itself by its class arguments: ``class RISE(Method, name="rise",
+    title="RISE")``.
 
     Attributes:
-      name: as on the command line.
-      backbone: the classifier it explains.
+      name: the name on the command line.
+      title: the name in tables and figures.
+      backbone: the classifier to explain.
     """
 
     name: str
+    title: str
+
+    def __init_subclass__(
+        cls, *, name: str | None = None, title: str | None = None, **options: Any
+    ):
+        super().__init_subclass__(**options)
+        if name is not None:
+            cls.name, cls.title = name, title or name
+            REGISTERED[name] = cls
 
     def __init__(self, backbone: Backbone):
         self.backbone = backbone
@@ -42,26 +73,50 @@ class Method(nnx.Module):
 
     @property
     def forward_passes(self) -> int:
-        """Of the backbone, for one explanation (FP in the paper's tables).
+        """Forward passes of the backbone for one explanation (FP in the paper's tables).
 
-        A pass that begins or ends at an inner layer counts as one, too.
+        A pass that begins or ends at an inner layer counts as one.
         """
         raise NotImplementedError
 
+    def explain(
+        self, images: jax.Array, classes: jax.Array | None = None, likeliest: int = 1
+    ) -> Explanation:
+        """Classifies images and explains some of their classes.
+
+        Args:
+          images: ``[B, H, W, 3]`` in [0, 1].
+          classes: ``[B, K]``, or ``[K]`` for all images; None is the most probable ones.
+          likeliest: how many of these, most probable first.
+        """
+        logits, features = self.backbone(self.backbone.preprocessing.standardise(images))
+        if classes is None:
+            classes = jax.lax.top_k(logits, likeliest)[1]
+        maps = self.explain_features(images, features, classes)
+        classes = jnp.broadcast_to(classes, maps.shape[:2])
+        probabilities = jnp.take_along_axis(jax.nn.softmax(logits), classes, axis=1)
+        return Explanation(maps, classes, probabilities)
+
+    def explain_features(
+        self, images: jax.Array, features: Sequence[jax.Array], classes: jax.Array
+    ) -> jax.Array:
+        """The maps of images whose feature maps are known, which most methods cannot use."""
+        return self(images, jnp.broadcast_to(classes, (len(images), classes.shape[-1])))
+
 
 @nnx.jit
-def explain(method: Method, images: jax.Array, classes: jax.Array) -> jax.Array:
+def compute_maps(method: Method, images: jax.Array, classes: jax.Array) -> jax.Array:
     """A method's maps, compiled: ``[B, H, W, 3]`` in [0, 1], ``[B, K]`` -> ``[B, K, h, w]``."""
     return method(images, classes)
 
 
 def class_gradients(after: Callable[..., jax.Array], state: State, classes: jax.Array) -> jax.Array:
-    """Gradients of logits after a layer by the layer's output.
+    """Gradients of logits with respect to the output of a layer.
 
     Args:
-      after: the backbone from the layer on, as ``Backbone.split`` gives it.
-      state: the layer's, its output ``[B, ...]`` first.
-      classes: ``[B, K]``, whose logits.
+      after: the backbone after the layer, as ``Backbone.split`` returns it.
+      state: the state after the layer, its output ``[B, ...]`` first.
+      classes: ``[B, K]``, whose logits are differentiated.
 
     Returns:
       ``[B, K, ...]`` float32.
@@ -78,13 +133,14 @@ def class_gradients(after: Callable[..., jax.Array], state: State, classes: jax.
 
 
 def chunk_size(perturbations: int, images: int) -> int:
-    """How many perturbations of each image to classify at a time, so that none are left over."""
+    """Perturbations of each image to classify at a time: the largest divisor that fits."""
     most = max(FORWARD_BATCH // images, 1)
     return next(n for n in range(min(most, perturbations), 0, -1) if perturbations % n == 0)
 
 
 def checked_recipe(name: str, recipe: Recipe) -> Recipe:
-    """The recipe, if it is one; raises ValueError otherwise."""
+    """Returns the recipe; raises ValueError if it is not one."""
     if recipe not in get_args(Recipe):
-        raise ValueError(f"recipes of {name} are 'paper' and 'reference', not {recipe!r}")
+        known = " and ".join(map(repr, get_args(Recipe)))
+        raise ValueError(f"recipes of {name} are {known}, not {recipe!r}")
     return recipe

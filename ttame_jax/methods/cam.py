@@ -1,4 +1,4 @@
-"""What the CAM methods share: a target layer, and weights for its channels."""
+"""The base of the CAM methods: a target layer, and weights for its channels."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from ttame_jax.methods.base import Method
 
 
 class CAM(Method):
-    """A weighted sum of the target layer's channels, its positive part.
+    """The positive part of a weighted sum of the target layer's channels.
 
     Args:
       backbone: the classifier to explain.
@@ -18,24 +18,24 @@ class CAM(Method):
         convolution's output (after ReLU) of a CNN, the first LayerNorm of a ViT's last block.
 
     Raises:
-      ValueError: if the backbone has no such layer.
+      ValueError: the backbone has no such layer.
     """
 
     def __init__(self, backbone: Backbone, layer: str | None = None):
         super().__init__(backbone)
-        backbone.split(layer)  # says so if there is no such layer
+        backbone.split(layer)  # raises if there is no such layer
         self.layer = layer or backbone.target_layer
 
     @property
     def channels(self) -> int:
-        """Of the target layer."""
+        """Number of channels of the target layer."""
         size = self.backbone.preprocessing.image_size
         image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
         output, *_ = nnx.eval_shape(lambda cam, x: cam.split()[0](x), self, image)
         return output.shape[-1]
 
     def split(self):
-        """The backbone up to the target layer and from there on, as ``Backbone.split``."""
+        """The backbone before and after the target layer, as ``Backbone.split`` returns it."""
         return self.backbone.split(self.layer)
 
     def combine(self, output: jax.Array, weights: jax.Array) -> jax.Array:

@@ -8,10 +8,9 @@ from ttame_jax.methods.base import Recipe, checked_recipe, class_gradients
 from ttame_jax.methods.cam import CAM
 
 
-class GradCAM(CAM):
-    """Channels weigh as much as a class's logit rises with them, on average over places."""
+class GradCAM(CAM, name="gradcam", title="Grad-CAM"):
+    """Weighs channels by the gradient of a class's logit, averaged over positions."""
 
-    name = "gradcam"
     forward_passes = 1
 
     def __call__(self, images: jax.Array, classes: jax.Array) -> jax.Array:
@@ -27,18 +26,16 @@ class GradCAM(CAM):
         return gradients.mean((2, 3))
 
 
-class GradCAMPlusPlus(GradCAM):
-    """Grad-CAM whose places count by how much of the class they alone would explain (Eq. 19).
+class GradCAMPlusPlus(GradCAM, name="gradcam++", title="Grad-CAM++"):
+    """Grad-CAM with weighted positions (Eq. 19).
 
     Args:
       backbone: the classifier to explain.
-      layer: as of `CAM`.
+      layer: as for `CAM`.
       recipe: ``"paper"``, or ``"reference"``: pytorch-grad-cam adds 1e-6 to the denominator of
-        Eq. 19. Squared gradients are often smaller than that, and then it leaves the cube of the
-        gradient as the weight of a place.
+        Eq. 19. Squared gradients are often smaller than that, so a position's weight becomes
+        the cube of its gradient.
     """
-
-    name = "gradcam++"
 
     def __init__(
         self,

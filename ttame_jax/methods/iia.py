@@ -1,10 +1,9 @@
 """Iterated Integrated Attributions (Barkan, Elisha, Asher, Eshel and Koenigstein, "Visual
 Explanations via Iterated Integrated Attributions", ICCV 2023, arXiv:2310.18585): the double
-integral IIA2, over the image and over what the last layer makes of it.
+integral IIA2, over the image and over the last layer's representation of it.
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from ttame_jax.backbones import Backbone
 from ttame_jax.backbones.vit import ViT
 from ttame_jax.masking import min_max_scale
-from ttame_jax.methods.base import Method, class_gradients
+from ttame_jax.methods.base import Method, Recipe, checked_recipe, class_gradients
 from ttame_jax.methods.vit_blocks import (
     class_token_row,
     map_images,
@@ -22,38 +21,34 @@ from ttame_jax.methods.vit_blocks import (
 )
 
 
-class IIA(Method):
-    """Attributions summed up while the image comes out of the mean colour, and the last layer's
-    representation of each such image out of its own reference.
+class IIA(Method, name="iia", title="IIA"):
+    """Attributions integrated from the mean colour to the image, and for each image on that path
+    from a reference to its representation in the last layer.
 
-    CNN: the target layer's activations times their gradient, ``[B, K, h, w]``. ViT: in each
-    block, the positive part of attention map times gradient; their rollout, whose rows sum up
-    to 1, is read at the class token, ``[B, K, sqrt N, sqrt N]``.
+    CNN: the activations of the target layer times their gradient, ``[B, K, h, w]``. ViT: the
+    positive part of attention map times gradient in each block, combined by attention rollout
+    with rows that sum to 1 and read at the class token, ``[B, K, sqrt N, sqrt N]``.
 
     Args:
       backbone: the classifier to explain.
       layer: of a CNN, the name of the layer to integrate over; None is its ``target_layer``.
-      recipe: ``"paper"``: the inner integral begins at each channel's minimum; or
-        ``"reference"``: the authors' code has no inner integral for CNNs (the one it means to
-        compute goes from the activations to themselves), and half the steps for ViTs.
+      recipe: ``"paper"``: the inner integral begins at each channel's minimum. ``"reference"``:
+        the authors' code has no inner integral for CNNs (it integrates from the activations to
+        the activations), and half the steps for ViTs.
       steps: of each integral, which is the mean over ``steps + 1`` points from 0 to 1; None is
         the recipe's: 10, or the reference's 5 for ViTs.
 
     Raises:
-      ValueError: for a ViT without class token, an unknown layer or recipe, or no steps.
+      ValueError: a ViT without class token, an unknown layer or recipe, or no steps.
     """
-
-    name = "iia"
 
     def __init__(
         self,
         backbone: Backbone,
         layer: str | None = None,
-        recipe: Literal["paper", "reference"] = "paper",
+        recipe: Recipe = "paper",
         steps: int | None = None,
     ):
-        if recipe not in ("paper", "reference"):
-            raise ValueError(f"recipes of {self.name} are 'paper' and 'reference', not {recipe!r}")
         if steps is not None and steps < 1:
             raise ValueError(f"{self.name} integrates over 1 step or more, not {steps}")
         super().__init__(backbone)
@@ -63,18 +58,18 @@ class IIA(Method):
             if layer is not None:
                 raise ValueError(f"{self.name} reads a ViT's attention maps, not layer {layer!r}")
         else:
-            backbone.split(layer)  # says so if there is no such layer
-        self.layer, self.recipe = layer, recipe
+            backbone.split(layer)  # raises if there is no such layer
+        self.layer, self.recipe = layer, checked_recipe(self.name, recipe)
         self.steps = steps or (5 if self.is_vit and recipe == "reference" else 10)
 
     @property
     def points(self) -> jax.Array:
-        """Of the integral over the image."""
+        """Points of the integral over the image."""
         return jnp.linspace(0, 1, self.steps + 1)
 
     @property
     def inner_points(self) -> jax.Array:
-        """Of the integral over the last layer."""
+        """Points of the integral over the last layer."""
         inner = self.is_vit or self.recipe == "paper"
         return self.points if inner else jnp.ones(1)
 
@@ -152,7 +147,7 @@ class IIA(Method):
 
 
 def integrate(function: Callable[[jax.Array], jax.Array], points: jax.Array) -> jax.Array:
-    """The mean of a function over points ``[n]``, one at a time: memory does not grow with n."""
+    """The mean of a function over points ``[n]``, one at a time, so memory does not grow with n."""
     total = jnp.zeros_like(jax.eval_shape(function, points[0]))
     total, _ = jax.lax.scan(lambda sum, point: (sum + function(point), None), total, points)
     return total / len(points)

@@ -1,12 +1,11 @@
-"""Bilinear interpolation at other places than `masking.upsample`'s, as other code has it."""
+"""Bilinear interpolation at other positions than those of `masking.upsample`."""
 
 import jax
 import jax.numpy as jnp
 
 
 def interpolate(maps: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """Maps ``[..., h, w]`` read between their pixels, at rows ``[H]`` and columns ``[W]``:
-    ``[..., H, W]``."""
+    """Interpolates maps ``[..., h, w]`` at rows ``[H]`` and columns ``[W]``: ``[..., H, W]``."""
 
     def weights(places, count):  # [places, count]
         return jnp.maximum(0, 1 - jnp.abs(places[:, None] - jnp.arange(count)))
@@ -16,7 +15,7 @@ def interpolate(maps: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Arr
 
 
 def aligned(old: int, new: int) -> jax.Array:
-    """Places from the first pixel's centre to the last's (PyTorch's ``align_corners=True``)."""
+    """Positions from the centre of the first pixel to the last (``align_corners=True``)."""
     return jnp.linspace(0, old - 1, new)
 
 

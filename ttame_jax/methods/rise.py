@@ -1,37 +1,33 @@
-"""RISE (Petsiuk et al., BMVC 2018): random masks, weighed by the confidence they leave."""
+"""RISE (Petsiuk et al., BMVC 2018): random masks, weighted by the confidence they leave."""
 
 import jax
 import jax.numpy as jnp
 
 from ttame_jax.backbones import Backbone
-from ttame_jax.backbones.resnet import ResNet
-from ttame_jax.backbones.vit import ViT
 from ttame_jax.masking import min_max_scale
 from ttame_jax.methods.base import Method, Recipe, checked_recipe, chunk_size
 from ttame_jax.methods.interpolation import interpolate, mirrored
 
 GRIDS = {"paper": (7, 0.5), "reference": (8, 0.1)}
-"""Cells of a side and the probability of keeping one: section 4 of the paper, and the defaults of
-the authors' code."""
+"""Number of cells per side and the probability of keeping a cell: section 4 of the paper, and the
+defaults of the authors' code."""
 
 
-class RISE(Method):
-    """The mean of random masks, weighed by a class's confidence in the masked image.
+class RISE(Method, name="rise", title="RISE"):
+    """The mean of random masks, weighted by the confidence in a class of the masked image.
 
     A mask is a coarse grid of zeros and ones, upsampled bilinearly and shifted at random by less
-    than a cell; it multiplies the standardised image. All images see the same masks.
+    than a cell. It multiplies the standardised image. All images share the same masks.
 
     Args:
       backbone: the classifier to explain.
-      masks: how many; None is the paper's 8000, or 4000 for a CNN without residual connections.
-      recipe: of the masks, a key of `GRIDS`.
+      masks: number of masks; None is the backbone's `rise_masks`.
+      recipe: a key of `GRIDS`.
       seed: of the masks.
 
     Raises:
-      ValueError: for fewer masks than one, or an unknown recipe.
+      ValueError: fewer than one mask, or an unknown recipe.
     """
-
-    name = "rise"
 
     def __init__(
         self,
@@ -43,7 +39,7 @@ class RISE(Method):
         super().__init__(backbone)
         if masks is not None and masks < 1:
             raise ValueError(f"{self.name} needs 1 mask or more, not {masks}")
-        self.masks = masks or (8000 if isinstance(backbone, ResNet | ViT) else 4000)
+        self.masks = masks or backbone.rise_masks
         self.cells, self.probability = GRIDS[checked_recipe(self.name, recipe)]
         self.seed = seed
 
@@ -55,7 +51,7 @@ class RISE(Method):
         images = self.backbone.preprocessing.standardise(images)
         size = chunk_size(self.masks, len(images))
 
-        def add(total, chunk):  # [B, K, H, W], numbers of masks [c]
+        def add(total, chunk):  # [B, K, H, W], mask numbers [c]
             masks = self.random_masks(chunk, images.shape[1:3])
             masked = masks[:, None, ..., None].astype(images.dtype) * images
             logits, _ = self.backbone(masked.reshape(-1, *images.shape[1:]))
@@ -68,7 +64,7 @@ class RISE(Method):
         return min_max_scale(jax.lax.scan(add, total, chunks)[0])
 
     def random_masks(self, numbers: jax.Array, size: tuple[int, int]) -> jax.Array:
-        """The masks of these numbers ``[N]`` (each has its own randomness): ``[N, *size]``."""
+        """The masks with the given numbers ``[N]``, each with its own key: ``[N, *size]``."""
         cells = self.cells
         cell = [-(-side // cells) for side in size]
         places = [mirrored(cells, (cells + 1) * side) for side in cell]

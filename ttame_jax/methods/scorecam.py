@@ -10,18 +10,18 @@ from ttame_jax.methods.cam import CAM
 from ttame_jax.methods.interpolation import aligned, interpolate
 
 
-class ScoreCAM(CAM):
-    """Channels weigh by the softmax, over channels, of the logit that is left of a class when
-    the channel (scaled to [0, 1], at the size of the image) masks the standardised image.
+class ScoreCAM(CAM, name="scorecam", title="Score-CAM"):
+    """Weighs channels by a softmax over channels of the logit of the masked image.
+
+    The mask is the channel, scaled to [0, 1] and resized to the image. It multiplies the
+    standardised image.
 
     Args:
       backbone: the classifier to explain.
-      layer: as of `CAM`.
+      layer: as for `CAM`.
       recipe: ``"paper"`` upsamples with half-pixel centres, as the authors' code does;
         ``"reference"`` with aligned corners, as pytorch-grad-cam does.
     """
-
-    name = "scorecam"
 
     def __init__(
         self,

@@ -2,8 +2,8 @@
 Beyond Attention Visualization", CVPR 2021, arXiv:2012.09838; `transformer_attribution` of
 their code). Equation numbers are that paper's.
 
-A rule hands the relevance of a layer's output on to its inputs. LayerNorm, softmax, the MLP's
-activation and a learned scale have one input for each output, and hand it on as it is.
+A rule distributes the relevance of a layer's output over its inputs. LayerNorm, softmax, the MLP's
+activation and a learned scale have one input for each output and pass it on unchanged.
 """
 
 from collections.abc import Callable
@@ -27,18 +27,17 @@ from ttame_jax.methods.vit_blocks import (
 )
 
 
-class TransformerLRP(Method):
-    """What each patch passes on to the class token: attention maps weighted by their relevance.
+class TransformerLRP(Method, name="transformer_lrp", title="Transformer LRP"):
+    """Attention maps weighted by their relevance, rolled out to the class token.
 
-    In each block the relevance R of the attention map meets its gradient, and the blocks are
-    rolled out: ``I + mean over heads (gradient * R)+`` (Eq. 13), multiplied over the blocks
-    (Eq. 14); the class token's row is the map, ``[B, K, sqrt N, sqrt N]``.
+    Each block contributes ``I + mean over heads (gradient * R)+`` with R the relevance of its
+    attention map (Eq. 13). The blocks are multiplied (Eq. 14). The class token's row of the
+    product is the map, ``[B, K, sqrt N, sqrt N]``.
 
     Raises:
-      ValueError: the backbone is no ViT with a class token.
+      ValueError: the backbone is not a ViT with a class token.
     """
 
-    name = "transformer_lrp"
     forward_passes = 1
 
     def __init__(self, backbone: Backbone):
@@ -83,7 +82,7 @@ class TransformerLRP(Method):
 
 
 def propagate(block: Block, trace: Trace, relevance: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Relevance [N, D] of a block's output -> that of its input, and of its attention map."""
+    """Relevance [N, D] of a block's output -> that of its input and of its attention map."""
     attn, mlp = block.attn, block.mlp
     middle, branch2 = add(trace.middle, trace.branch2, relevance)
     hidden = linear(trace.hidden, mlp.fc2.kernel[...], branch2)
@@ -99,7 +98,7 @@ def propagate(block: Block, trace: Trace, relevance: jax.Array) -> tuple[jax.Arr
 def taylor(layer: Callable, inputs: tuple[jax.Array, ...], relevance: jax.Array):
     """Eq. 2: each input gets ``R_j = sum_i X_j dL_i/dX_j R_i / L_i``.
 
-    Outputs of exactly 0 have no inputs to share their relevance among: it is lost.
+    The relevance of outputs that are exactly 0 is dropped.
     """
     inputs = tuple(x.astype(relevance.dtype) for x in inputs)
     outputs, backward = jax.vjp(layer, *inputs)
@@ -108,7 +107,7 @@ def taylor(layer: Callable, inputs: tuple[jax.Array, ...], relevance: jax.Array)
 
 
 def linear(x: jax.Array, kernel: jax.Array, relevance: jax.Array) -> jax.Array:
-    """Eq. 5: only what adds to an output, ``x_j w_ji > 0``, gets its relevance; no bias does.
+    """Eq. 5: only positive contributions ``x_j w_ji > 0`` get relevance; biases get none.
 
     x [..., D], kernel [D, E], relevance [..., E] -> [..., D].
     """
@@ -118,15 +117,15 @@ def linear(x: jax.Array, kernel: jax.Array, relevance: jax.Array) -> jax.Array:
 
 
 def matmul(u: jax.Array, v: jax.Array, relevance: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Eq. 7 for ``u @ v``. All of R arrives at u and again at v, so that Eq. 9 is one half."""
+    """Eq. 7 for ``u @ v``. Both u and v receive all of R, so Eq. 9 is a factor of one half."""
     shares = taylor(jnp.matmul, (u, v), relevance)
     return shares[0] / 2, shares[1] / 2
 
 
 def add(u: jax.Array, v: jax.Array, relevance: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Eq. 7 and 9 for ``u + v``: each gets a part of R by the size of its share's sum.
+    """Eq. 7 and 9 for ``u + v``: each gets a part of R in proportion to the sum of its share.
 
-    Shares of both signs can be far larger than R; scaled so, they sum up to R once more.
+    Shares of both signs can be far larger than R. After scaling they sum to R.
     """
     shares = taylor(jnp.add, (u, v), relevance)
     sums = [share.sum() for share in shares]
@@ -136,5 +135,5 @@ def add(u: jax.Array, v: jax.Array, relevance: jax.Array) -> tuple[jax.Array, ja
 
 
 def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a / b, 0 where b is."""
+    """a / b, and 0 where b is 0."""
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))

@@ -1,6 +1,6 @@
-"""ViT blocks opened up for the methods that read attention maps: one image, `[N, D]`.
+"""The inner values of ViT blocks, for methods that read attention maps.
 
-`map_images` makes batches of them, so that no image can see another.
+Functions take the tokens of one image, `[N, D]`. `map_images` applies them to a batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,16 +13,16 @@ from ttame_jax.backbones import Backbone
 from ttame_jax.backbones.vit import ACTIVATIONS, Block, ViT, scaled
 
 IMAGES = 8
-"""How many images are walked through at a time: memory does not grow with larger batches."""
+"""Images processed at a time, so memory does not grow with larger batches."""
 
 
 def map_images(function: Callable[..., jax.Array], *batches: jax.Array) -> jax.Array:
-    """A function of one image's arrays, for each image of the batches."""
+    """Applies a function of one image's arrays to each image of the batches."""
     return jax.lax.map(lambda arrays: function(*arrays), batches, batch_size=IMAGES)
 
 
 class Trace(NamedTuple):
-    """What a block computes on the way: `heads` h, `d` channels of a head, `M` of the MLP."""
+    """Intermediate values of a block, with h heads of d channels and M channels in the MLP."""
 
     x: jax.Array  # [N, D], the block's input
     normed1: jax.Array  # [N, D]
@@ -41,12 +41,12 @@ class Trace(NamedTuple):
 def run_block(
     block: Block, x: jax.Array, change: Callable[[jax.Array], jax.Array] = lambda weights: weights
 ) -> tuple[jax.Array, Trace]:
-    """The block's output [N, D], with its attention map changed on the way."""
+    """Runs a block with a change to its attention map; returns its output [N, D] and the trace."""
     attn, mlp = block.attn, block.mlp
     normed1 = block.norm1(x)
     query, key, value = split_qkv(attn.qkv(normed1), attn.num_heads)
     scores = query @ key.mT / jnp.sqrt(query.shape[-1]).astype(query.dtype)
-    # Relevance is a matter of many digits: at least float32, and float64 stays.
+    # Relevance needs many digits: at least float32, and float64 is kept.
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     weights = change(jax.nn.softmax(scores))
     mixed = join_heads(weights.astype(value.dtype) @ value)
@@ -98,17 +98,16 @@ def class_token_row(maps: Sequence[jax.Array]) -> jax.Array:
 
 
 def patch_maps(backbone: ViT, rows: jax.Array) -> jax.Array:
-    """Values of tokens [B, K, N] -> those of the patches in their place, [B, K, side, side]."""
+    """Values of tokens [B, K, N] -> values of the patches in their place, [B, K, side, side]."""
     return jnp.moveaxis(backbone.feature_map(rows.swapaxes(1, 2)), -1, 1)
 
 
 def require_class_token(backbone: Backbone, method: str) -> None:
-    """Raises ValueError unless the backbone is a ViT that reads its classes off a class token."""
-    pool = backbone.variant.pool if isinstance(backbone, ViT) else None
+    """Raises ValueError unless the backbone is a ViT that classifies by its class token."""
+    pool = backbone.architecture.pool if isinstance(backbone, ViT) else None
     if pool is None:
-        raise ValueError(f"{method} explains ViTs only; {backbone.name} is none")
+        raise ValueError(f"{method} explains only ViTs; {backbone.name} is not one")
     if pool != "token":
         raise ValueError(
-            f"{method} follows the class token, which {backbone.name} does not read: "
-            "it averages its patches"
+            f"{method} follows the class token, but {backbone.name} averages its patches instead"
         )

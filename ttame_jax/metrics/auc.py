@@ -1,9 +1,9 @@
-"""Insertion and deletion: the area under the confidence as pixels come or go by relevance.
+"""Insertion and deletion: the area under the confidence as pixels are added or removed.
 
-Petsiuk et al., "RISE: Randomized Input Sampling for Explanation of Black-box Models", BMVC 2018:
-deletion sets the most relevant pixels to the mean colour first (lower is better), insertion puts
-them into a blurred image first (higher is better). The original moves one image row's worth of
-pixels at a time; the area is by the trapezoid rule over equal steps here as there.
+Petsiuk et al., "RISE: Randomized Input Sampling for Explanation of Black-box Models", BMVC 2018.
+Deletion replaces pixels with the mean colour, most relevant first; insertion restores them in a
+blurred image, most relevant first. The original moves one image row's worth of pixels per step.
+The area follows from the trapezoidal rule with equal steps, as in the original.
 """
 
 import functools
@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttame_jax.metrics.selection import relevance_rank
+from ttame_jax.metrics.base import Metric, Sample
+from ttame_jax.metrics.confidence import confidence
 
 STEPS = 56
 BLUR_SIZE, BLUR_SIGMA = 11, 5.0  # pixels
@@ -22,32 +23,32 @@ Predict = Callable[[jax.Array], jax.Array]
 
 
 def deletion(
-    predict: Predict, images: jax.Array, maps: jax.Array, classes: jax.Array, steps: int = STEPS
+    predict: Predict, images: jax.Array, ranks: jax.Array, classes: jax.Array, steps: int = STEPS
 ) -> jax.Array:
-    """Area under the confidence while pixels are removed: ``[B]`` in [0, 1], lower is better.
+    """Area under the confidence while pixels are removed: `[B]` in [0, 1], lower is better.
 
     Args:
-      predict: standardised images ``[B, H, W, C]`` to probabilities ``[B, Cls]``.
-      images: ``[B, H, W, C]``, standardised.
-      maps: relevance ``[B, H, W]`` at the size of the images; only its order counts.
-      classes: int ``[B]``, the explained classes.
-      steps: in which all pixels are removed.
+      predict: standardised images `[B, H, W, C]` to probabilities `[B, num_classes]`.
+      images: `[B, H, W, C]`, standardised.
+      ranks: `relevance_rank` of the maps, int32 `[B, H, W]`.
+      classes: int `[B]`, the explained classes.
+      steps: the number of steps until all pixels are removed.
     """
-    return _area(predict, images, jnp.zeros_like(images), maps, classes, steps)
+    return _area(predict, images, jnp.zeros_like(images), ranks, classes, steps)
 
 
 def insertion(
-    predict: Predict, images: jax.Array, maps: jax.Array, classes: jax.Array, steps: int = STEPS
+    predict: Predict, images: jax.Array, ranks: jax.Array, classes: jax.Array, steps: int = STEPS
 ) -> jax.Array:
-    """Area under the confidence while pixels are put into a blurred image: higher is better.
+    """Area under the confidence while pixels are inserted: `[B]` in [0, 1], higher is better.
 
-    Arguments and result are those of `deletion`.
+    Arguments as in `deletion`.
     """
-    return _area(predict, blur(images), images, maps, classes, steps)
+    return _area(predict, blur(images), images, ranks, classes, steps)
 
 
 def blur(images: jax.Array) -> jax.Array:
-    """Gaussian blur of images ``[B, H, W, C]``, zeros beyond the border as in the original."""
+    """Blurs images `[B, H, W, C]` with a Gaussian, padding with zeros as the original does."""
     offsets = np.arange(BLUR_SIZE) - BLUR_SIZE // 2
     weights = np.exp(-(offsets**2) / (2 * BLUR_SIGMA**2))
     weights = jnp.asarray(weights / weights.sum(), images.dtype)
@@ -61,14 +62,32 @@ def blur(images: jax.Array) -> jax.Array:
     return images
 
 
-def _area(predict, start, end, maps, classes, steps: int) -> jax.Array:
-    """Area under the confidence while pixels of `end` replace those of `start` by relevance."""
-    ranks = relevance_rank(maps)
-    counts = jnp.asarray(np.linspace(0, maps[0].size, steps + 1).round(), jnp.int32)
+def _area(predict, start, end, ranks, classes, steps: int) -> jax.Array:
+    """Area under the confidence while pixels of `end` replace those of `start` by rank."""
+    counts = jnp.asarray(np.linspace(0, ranks[0].size, steps + 1).round(), jnp.int32)
 
-    def confidence(count):
-        mixed = jnp.where((ranks < count)[..., None], end, start)
-        return jnp.take_along_axis(predict(mixed), classes[:, None], axis=1)[:, 0]
+    def mixed_confidence(count):
+        return confidence(predict(jnp.where((ranks < count)[..., None], end, start)), classes)
 
-    values = jax.lax.map(confidence, counts)  # [steps + 1, B]
+    values = jax.lax.map(mixed_confidence, counts)  # [steps + 1, B]
     return (values[:-1] + values[1:]).mean(axis=0) / 2
+
+
+class _Area(Metric):
+    table = "insertion_deletion"
+
+    def measure(self, sample: Sample) -> dict[str, jax.Array]:
+        args = (sample.predict, sample.standardised, sample.ranks, sample.classes)
+        return {self.name: self.area(*args)}
+
+
+class Insertion(_Area, name="insertion"):
+    label = "Insertion"
+    lower_is_better = False
+    area = staticmethod(insertion)
+
+
+class Deletion(_Area, name="deletion"):
+    label = "Deletion"
+    lower_is_better = True
+    area = staticmethod(deletion)

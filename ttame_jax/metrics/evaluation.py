@@ -1,52 +1,38 @@
-"""Measures an explanation method image by image, data-parallel, and sums the images up."""
+"""Measures an explanation method image by image, data-parallel, and averages over the images."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from ttame_jax.data import Source, evaluation_batches
-from ttame_jax.masking import MaskingKind, upsample
+from ttame_jax.masking import upsample
 from ttame_jax.mesh import AXIS, data_mesh, gather, replicate, shard_batch
 from ttame_jax.methods import Method
-from ttame_jax.metrics.ad_ic import (
-    PERCENTAGES,
-    average_drop,
-    increase_in_confidence,
-    masked_confidences,
-)
-from ttame_jax.metrics.auc import deletion, insertion
-from ttame_jax.metrics.pointing import in_box, peak
-from ttame_jax.metrics.road import PROTOCOLS, road
-
-Measure = Literal["ad", "ic", "road", "road_reference", "insertion", "deletion", "pointing"]
-MEASURES: tuple[Measure, ...] = get_args(Measure)
-ROAD_PROTOCOLS = {"road": "paper", "road_reference": "reference"}
-AREAS = {"insertion": insertion, "deletion": deletion}
-Rows = dict[str, np.ndarray]
-"""Arrays with a row an image: ``index``, ``class``, ``confidence``, and what was measured."""
+from ttame_jax.metrics.base import Metric, Rows, Sample, load_metrics
+from ttame_jax.preprocessing import Masking, to_float
 
 
 class Evaluator:
-    """Measures a method for the classes that its backbone predicts.
+    """Measures a method's maps for the classes that its backbone predicts.
 
     Results depend neither on the number of devices nor on the batch size.
 
     Args:
-      method: what is measured.
+      method: the method to measure.
       source: the images.
-      masking: how a map masks an image for AD and IC; None is the backbone's own kind.
-      measures: which ones; pointing needs a source with boxes.
-      indices: the images of the source to measure; None is all of them.
-      batch_size: images at a time, over all devices of all processes.
-      seed: of ROAD's noise.
+      masking: how a map masks an image for AD and IC. None selects the backbone's own masking.
+      metrics: names of the metrics, see `list_metrics`.
+      indices: the images of the source to measure. None selects all of them.
+      batch_size: images per batch, over all devices of all processes.
+      seed: seed of ROAD's noise.
 
     Raises:
-      ValueError: if the batch does not divide over the devices, or pointing finds no boxes.
+      ValueError: a metric does not exist or needs boxes that the source does not have, or the
+        batch size is not divisible by the number of devices.
     """
 
     def __init__(
@@ -54,13 +40,13 @@ class Evaluator:
         method: Method,
         source: Source,
         *,
-        masking: MaskingKind | None = None,
-        measures: Sequence[Measure] = ("ad", "ic"),
+        masking: Masking | None = None,
+        metrics: Sequence[str] = ("ad", "ic"),
         indices: Sequence[int] | None = None,
         batch_size: int = 32,
         seed: int = 0,
     ):
-        self.method, self.source, self.measures = method, source, tuple(measures)
+        self.method, self.source, self.metrics = method, source, tuple(metrics)
         self.masking = masking or method.backbone.masking
         self.indices, self.batch_size, self.seed = indices, batch_size, seed
         self.mesh = data_mesh()
@@ -68,19 +54,26 @@ class Evaluator:
             raise ValueError(
                 f"--batch-size {batch_size} does not divide over {self.mesh.size} devices"
             )
-        if "pointing" in measures and "box" not in source[0]:
-            raise ValueError(f"{source} has no boxes: leave out the measure 'pointing'")
-        self._step = self._compile()
+        loaded = load_metrics(self.metrics)
+        needing_boxes = [metric.name for metric in loaded if metric.needs_boxes]
+        if needing_boxes and not source.has_boxes:
+            raise ValueError(f"{source} has no boxes: remove the metric {needing_boxes[0]!r}")
+        self._boxes = bool(needing_boxes)
+        self._step = self._compile(loaded)
 
     def __call__(self, state: nnx.State | None = None) -> Rows:
-        """All rows; `state` stands in for the method's own arrays, as in training."""
+        """Returns the rows of all images. `state` replaces the method's own, as in training."""
         parts = list(self.batches(state))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def figures(self, state: nnx.State | None = None) -> dict[str, float]:
+        """Returns the means in % under flat names, such as `{"AD_100": 8.7, "AD_50": 9.3}`."""
+        return dict(_flat(summarise(self(state), self.metrics)))
 
     def batches(
         self, state: nnx.State | None = None, indices: Sequence[int] | None = None
     ) -> Iterator[Rows]:
-        """The rows a batch at a time, of all images or of those given."""
+        """Yields the rows batch by batch, of all images or of the given ones."""
         state = replicate(nnx.state(self.method) if state is None else state, self.mesh)
         key = jax.random.key(self.seed)
         for batch in evaluation_batches(
@@ -88,109 +81,87 @@ class Evaluator:
             self.method.backbone.preprocessing,
             self.batch_size // jax.process_count(),
             indices=self.indices if indices is None else indices,
+            boxes=self._boxes,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         ):
-            image, index, valid = (
-                shard_batch(batch[name], self.mesh) for name in ("image", "index", "valid")
-            )
-            rows = {"index": index, **self._step(state, image, index, key)}
-            rows, valid = gather((rows, valid))
-            rows = {name: values[valid] for name, values in rows.items()}
-            if "pointing" in self.measures:
-                rows["pointing"] = in_box(rows.pop("peak"), self._boxes(rows["index"]))
-            yield rows
+            del batch["label"]
+            batch = {name: shard_batch(values, self.mesh) for name, values in batch.items()}
+            rows = {"index": batch["index"], **self._step(state, batch, key)}
+            rows, valid = gather((rows, batch["valid"]))
+            yield {name: values[valid] for name, values in rows.items()}
 
-    def _boxes(self, indices: Sequence[int]) -> np.ndarray:
-        return np.stack([self.source[int(index)]["box"] for index in indices])
-
-    def _compile(self):
+    def _compile(self, metrics: Sequence[Metric]):
         graph = nnx.graphdef(self.method)
-        masking, measures = self.masking, self.measures
 
-        def step(state, images, index, key):
+        def step(state, batch, key):
             method = nnx.merge(graph, state)
-            images = images.astype(jnp.float32) / 255
-            return measure(method, images, index, key, masking, measures)
+            return _measure(method, batch, key, self.masking, metrics)
 
-        specs = (P(), P(AXIS), P(AXIS), P())
-        # ROAD's solver loops until each device is done with its own images, which the check of
-        # what varies over devices cannot follow.
+        # ROAD's solver iterates on each device until that device's images converge, which the
+        # check of varying manual axes cannot follow.
         return jax.jit(
-            jax.shard_map(step, mesh=self.mesh, in_specs=specs, out_specs=P(AXIS), check_vma=False)
+            jax.shard_map(
+                step,
+                mesh=self.mesh,
+                in_specs=(P(), P(AXIS), P()),
+                out_specs=P(AXIS),
+                check_vma=False,
+            )
         )
 
 
-def measure(
+def _measure(
     method: Method,
-    images: jax.Array,
-    index: jax.Array,
+    batch: Mapping[str, jax.Array],
     key: jax.Array,
-    masking: MaskingKind,
-    measures: Sequence[Measure],
+    masking: Masking,
+    metrics: Sequence[Metric],
 ) -> dict[str, jax.Array]:
-    """The rows (without ``index``) of a batch of images ``[B, H, W, 3]`` in [0, 1]."""
-    preprocessing = method.backbone.preprocessing
+    """Returns the rows of a batch from `evaluation_batches`, without their indices."""
 
     def predict(standardised):
         return jax.nn.softmax(method.backbone(standardised)[0])
 
-    standardised = preprocessing.standardise(images)
-    probabilities = predict(standardised)
-    classes = jnp.argmax(probabilities, axis=-1)
-    maps = method(images, classes[:, None])[:, 0]
-    rows = {"class": classes, "confidence": probabilities.max(axis=-1)}
-    if {"ad", "ic"} & set(measures):
-        rows["masked"] = masked_confidences(predict, images, maps, classes, preprocessing, masking)
-    if "pointing" in measures:
-        rows["peak"] = peak(maps, images.shape[1:3])
-    maps = upsample(maps, images.shape[1:3])
-    for name in AREAS.keys() & set(measures):
-        rows[name] = AREAS[name](predict, standardised, maps, classes)
-    for name in ROAD_PROTOCOLS.keys() & set(measures):
-        protocol = PROTOCOLS[ROAD_PROTOCOLS[name]]
-        scores = road(predict, standardised, maps, classes, index, key, protocol)
-        rows[f"{name}_morf"], rows[f"{name}_lerf"] = scores
+    images, preprocessing = to_float(batch["image"]), method.backbone.preprocessing
+    probabilities = predict(preprocessing.standardise(images))
+    classes = probabilities.argmax(axis=-1)
+    sample = Sample(
+        predict=predict,
+        images=images,
+        maps=upsample(method(images, classes[:, None])[:, 0], images.shape[1:3]),
+        classes=classes,
+        confidence=probabilities.max(axis=-1),
+        preprocessing=preprocessing,
+        masking=masking,
+        index=batch["index"],
+        key=key,
+        inside=batch.get("inside"),
+    )
+    rows = {"class": classes, "confidence": sample.confidence}
+    for metric in metrics:
+        rows |= metric.measure(sample)
     return rows
 
 
-def summarise(rows: Mapping[str, np.ndarray], measures: Sequence[Measure]) -> dict[str, dict]:
-    """Means in % over the images: ``{"AD": {"100": ...}, "IC": ..., "ROAD": {"MoRF": ...}}``."""
-    summary = {}
-    for name, function in (("ad", average_drop), ("ic", increase_in_confidence)):
-        if name in measures:
-            values = function(rows["confidence"], rows["masked"])
-            summary[name.upper()] = _named(PERCENTAGES, values)
-    for name, protocol in ROAD_PROTOCOLS.items():
-        if name in measures:
-            summary[name.upper()] = {
-                order: _with_mean(
-                    PROTOCOLS[protocol].percentages, 100 * rows[f"{name}_{order.lower()}"].mean(0)
-                )
-                for order in ("MoRF", "LeRF")
-            }
-    for name in ("insertion", "deletion", "pointing"):
-        if name in measures:
-            summary[name] = {"mean": 100 * float(rows[name].mean())}
-    return summary
+def summarise(rows: Rows, metrics: Sequence[str]) -> dict[str, Any]:
+    """Returns means over the rows in %: `{"AD": {"100": ...}, "ROAD": {"MoRF": {...}, ...}}`."""
+    return {metric.key: metric.summarise(rows) for metric in load_metrics(metrics)}
 
 
-def _named(percentages: Sequence[float], values: np.ndarray) -> dict[str, float]:
-    return {str(percent): float(value) for percent, value in zip(percentages, values)}
-
-
-def _with_mean(percentages: Sequence[float], values: np.ndarray) -> dict[str, float]:
-    return {"mean": float(values.mean()), **_named(percentages, values)}
-
-
-def intervals(
-    rows: Mapping[str, np.ndarray], measures: Sequence[Measure], resamples: int = 1000
-) -> dict[str, dict]:
-    """Bootstrap 95 % intervals of the means: `summarise`'s tree with ``[low, high]`` as leaves."""
-    rng = np.random.default_rng(0)
-    count = len(rows["index"])
+def intervals(rows: Rows, metrics: Sequence[str], resamples: int = 1000) -> dict[str, Any]:
+    """Returns bootstrap 95 % intervals: the tree of `summarise` with leaves `[low, high]`."""
+    rng, count = np.random.default_rng(0), len(rows["index"])
     trees = []
     for _ in range(resamples):
         chosen = rng.integers(count, size=count)
-        trees.append(summarise({name: x[chosen] for name, x in rows.items()}, measures))
+        trees.append(summarise({name: x[chosen] for name, x in rows.items()}, metrics))
     return jax.tree.map(lambda *v: np.percentile(v, (2.5, 97.5)).tolist(), *trees)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}_")
+        else:
+            yield prefix + name, value

@@ -2,14 +2,14 @@
 
 Rong et al., "A Consistent and Efficient Evaluation Strategy for Attribution Methods" (ROAD),
 ICML 2022. The weights are 1/6 for the four direct neighbours and 1/12 for the four diagonal
-ones, as if the image ended at its border: weights are renormalised there.
+ones, renormalised at the image's border.
 
 Every removed pixel i gives one equation, `(sum_j w_ij) x_i - sum_j w_ij x_j = 0` over its
 neighbours j inside the image. Since w_ij = w_ji, this is a weighted graph Laplacian with the
 known pixels as boundary values: symmetric and positive definite as soon as one pixel is known.
 It is solved by conjugate gradients with a multigrid V-cycle as preconditioner, all images of a
-batch at once. Weights are kept times 12, as the integers 1 and 2: then rounding in float32 is
-without bias, and a bias is what a large hole would amplify.
+batch at once. Weights are multiplied by 12, which makes them the integers 1 and 2: rounding in
+float32 is then unbiased. A large hole would amplify a bias.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,40 +21,40 @@ import jax.numpy as jnp
 from jax import lax
 
 RESIDUAL = 1e-5
-"""Largest relative residual of an imputed image, see `relative_residual`."""
+"""Largest relative residual of an imputed image; see `relative_residual`."""
 
-TOLERANCE = RESIDUAL / 2  # of the solver: the other half is for rounding
+TOLERANCE = RESIDUAL / 2  # of the solver; the other half allows for rounding
 MAX_ITERATIONS = 50  # 4 to 8 are enough for 224 x 224 pixels
 
 # Weights (times 12) of the neighbours at [row + 1, column + 1]; 0 for the pixel itself.
 WEIGHTS = ((1, 2, 1), (2, 0, 2), (1, 2, 1))
 
 Fields = Sequence[Sequence[jax.Array | int]]
-"""A 3 x 3 stencil as `WEIGHTS`, its coefficients numbers or (varying in space) [B, 1, H, W]."""
+"""A 3 x 3 stencil like `WEIGHTS`; coefficients are numbers or, per pixel, [B, 1, H, W]."""
 
 
 def noisy_linear_imputation(
     images: jax.Array, removed: jax.Array, key: jax.Array | None = None, noise: float = 0.01
 ) -> jax.Array:
-    """Images with their removed pixels imputed from the known ones, plus Gaussian noise.
+    """Imputes removed pixels from the known ones and adds Gaussian noise.
 
     Args:
       images: `[B, H, W, C]`, standardised. Values at removed pixels are not used.
       removed: bool `[B, H, W]`, True at pixels to impute.
-      key: a typed key, or one per image `[B]` (then the noise of an image does not depend on its
-        batch); None for no noise.
-      noise: standard deviation of the noise, in units of `images`, on removed pixels only.
+      key: a typed key, or one per image `[B]`, which makes an image's noise independent of its
+        batch. None adds no noise.
+      noise: standard deviation of the noise on removed pixels, in units of `images`.
 
     Returns:
-      float32 `[B, H, W, C]`; known pixels are unchanged. Before noise, `relative_residual` is at
-      most `RESIDUAL`. An image without known pixels becomes 0: the mean colour of the data set.
+      float32 `[B, H, W, C]`. Known pixels are unchanged. Before noise, `relative_residual` is at
+      most `RESIDUAL`. An image without known pixels becomes 0, the mean colour of the data set.
 
     Raises:
-      ValueError: `removed` is not bool or does not fit `images`.
+      ValueError: `removed` is not bool or does not match `images`.
     """
     _check(images, removed)
     images = images.astype(jnp.float32)
-    known = jnp.where(removed[..., None], 0, images)  # without NaN, too, where removed
+    known = jnp.where(removed[..., None], 0, images)  # removed pixels may be NaN
     solution = _to_nhwc(_solve(_to_nchw(known), _to_nchw(removed[..., None].astype(jnp.float32))))
     if key is not None:
         keys = jax.random.split(key, len(images)) if key.ndim == 0 else key
@@ -64,10 +64,20 @@ def noisy_linear_imputation(
 
 
 def relative_residual(images: jax.Array, removed: jax.Array) -> jax.Array:
-    """How far imputed images `[B, H, W, C]` without noise are from solving their equations.
+    """Returns the relative residual of the equations that imputed images should solve.
 
-    The 2-norm of the residual over that of the right-hand side (what known pixels contribute),
-    the largest of the channels: `[B]`. Raises ValueError as `noisy_linear_imputation` does.
+    It is the 2-norm of the residual divided by that of the right-hand side (the contribution of
+    the known pixels), and the maximum over the channels.
+
+    Args:
+      images: imputed images without noise, `[B, H, W, C]`.
+      removed: bool `[B, H, W]`, True at imputed pixels.
+
+    Returns:
+      float32 `[B]`.
+
+    Raises:
+      ValueError: `removed` is not bool or does not match `images`.
     """
     _check(images, removed)
     free = _to_nchw(removed[..., None].astype(jnp.float32))
@@ -86,7 +96,7 @@ def _check(images, removed):
 
 
 # Below, arrays are [B, C, H, W]: rows of pixels are contiguous, and the stencils (C = 1)
-# broadcast over the channels. All grids are treated as zero outside.
+# broadcast over the channels. All grids are zero outside their borders.
 
 
 def _solve(known: jax.Array, free: jax.Array) -> jax.Array:
@@ -96,8 +106,8 @@ def _solve(known: jax.Array, free: jax.Array) -> jax.Array:
       known: values of the known pixels, 0 elsewhere.
       free: 1 at removed pixels, 0 elsewhere.
 
-    The unknowns are differences from the mean of the known pixels, which keeps rounding relative
-    to contrast. A system that has converged is left as it is while others go on, so that a
+    The unknowns are differences from the mean of the known pixels, which keeps rounding errors
+    relative to the contrast. A converged system does not change while others continue, so that a
     result does not depend on the rest of the batch.
     """
     levels = _hierarchy(free)
@@ -134,7 +144,7 @@ class Level(NamedTuple):
 
 
 def _hierarchy(free: jax.Array) -> Sequence[Level]:
-    """Grids from the image down to 3 x 3, each the Galerkin projection of the one before."""
+    """Grids from the image down to 3 x 3, each the Galerkin projection of the previous one."""
     diagonal = free * _weighted(WEIGHTS, jnp.ones_like(free))
     fields = [
         [-weight * free * shifted for weight, shifted in zip(*row)]
@@ -166,7 +176,7 @@ def _v_cycle(levels: Sequence[Level], residual: jax.Array) -> jax.Array:
 def _relaxation(fields: Fields) -> jax.Array:
     """Factors of Jacobi sweeps that converge on every grid: 1 / max(a_ii, sum_j |a_ij| / 1.8).
 
-    Inside a hole, the sum is twice the diagonal: this is the usual damping, by 0.9. Around
+    Inside a hole, the sum is twice the diagonal, and this is the usual damping by 0.9. Around
     isolated pixels, coarse grids have larger sums, and damping by the diagonal alone diverges.
     """
     diagonal = fields[1][1]
@@ -175,13 +185,13 @@ def _relaxation(fields: Fields) -> jax.Array:
 
 
 def _laplacian(free: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """A of the image's own grid; expects (and gives) 0 at known pixels."""
+    """A of the image's own grid. Expects and returns 0 at known pixels."""
     diagonal = free * _weighted(WEIGHTS, jnp.ones_like(free))
     return lambda x: diagonal * x - free * _weighted(WEIGHTS, x)
 
 
 def _weighted(fields: Fields, x: jax.Array) -> jax.Array:
-    """Sum of each pixel and its eight neighbours, times the coefficients of a stencil."""
+    """Applies a stencil: sums each pixel and its eight neighbours times their coefficients."""
     return sum(f * s for row in zip(fields, _shifts(x)) for f, s in zip(*row))
 
 
@@ -220,7 +230,7 @@ def _prolong(x: jax.Array, axis: int, size: int) -> jax.Array:
     following = lax.slice_in_dim(x, 1, None, axis=axis)
     preceding = lax.slice_in_dim(x, 0, -1, axis=axis)
     last = lax.slice_in_dim(x, -1, None, axis=axis)
-    between = lax.concatenate([0.5 * (preceding + following), last], axis)  # last: never kept
+    between = lax.concatenate([0.5 * (preceding + following), last], axis)  # last is cut off
     pairs = jnp.stack([x, between], axis + 1)
     shape = x.shape[:axis] + (2 * x.shape[axis],) + x.shape[axis + 1 :]
     return lax.slice_in_dim(pairs.reshape(shape), 0, size, axis=axis)
@@ -239,7 +249,7 @@ def _galerkin(lower: jax.Array, centre: jax.Array, upper: jax.Array, axis: int) 
 
 
 def _sum(x: jax.Array) -> jax.Array:
-    """Per image and channel: [B, C, 1, 1]."""
+    """Sums over the pixels: [B, C, 1, 1]."""
     return x.sum((2, 3), keepdims=True)
 
 

@@ -1,30 +1,32 @@
-"""The pointing game: does a map's maximum fall on the object?
+"""The pointing game: whether a map's maximum lies on the object.
 
-Zhang et al., "Top-down Neural Attention by Excitation Backprop", ECCV 2016; without its tolerance
+Zhang et al., "Top-down Neural Attention by Excitation Backprop", ECCV 2016, without the tolerance
 of 15 pixels around the object.
 """
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ttame_jax.masking import upsample
+from ttame_jax.metrics.base import Metric, Sample
 
 
-def peak(maps: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Where each map ``[B, h, w]``, upsampled to an image of `size`, has its maximum.
+def hits(maps: jax.Array, inside: jax.Array) -> jax.Array:
+    """Returns whether the maximum of each map lies in a box, bool `[B]`.
 
-    Returns:
-      ``[B, 2]``, the y and x of the pixel's centre as fractions of the image; of equal maxima the
-      first in row order counts.
+    Args:
+      maps: `[B, H, W]`. The first of equal maxima counts, in row-major order.
+      inside: bool `[B, H, W]`, the pixels in any box. An image without such pixels is a miss.
     """
-    highest = upsample(maps, size).reshape(len(maps), -1).argmax(axis=1)
-    return jnp.stack(
-        [(highest // size[1] + 0.5) / size[0], (highest % size[1] + 0.5) / size[1]], axis=1
-    )
+    highest = maps.reshape(len(maps), -1).argmax(axis=1)
+    flat = inside.reshape(len(inside), -1)
+    return jnp.take_along_axis(flat, highest[:, None], axis=1)[:, 0]
 
 
-def in_box(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Whether points ``[B, 2]`` (y, x) lie in boxes ``[B, 4]`` (ymin, xmin, ymax, xmax): bool."""
-    points, boxes = np.asarray(points), np.asarray(boxes)
-    return ((boxes[:, :2] <= points) & (points <= boxes[:, 2:])).all(axis=1)
+class PointingGame(Metric, name="pointing"):
+    table = "localisation"
+    label = "Pointing game"
+    lower_is_better = False
+    needs_boxes = True
+
+    def measure(self, sample: Sample) -> dict[str, jax.Array]:
+        return {self.name: hits(sample.maps, sample.inside)}

@@ -1,4 +1,4 @@
-"""The largest batch that fits into the devices' memory: ``--batch-size auto``."""
+"""The largest batch that fits into the memory of the devices: ``--batch-size auto``."""
 
 import functools
 import math
@@ -9,29 +9,31 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ttame_jax.training.config import REFERENCE_BATCH_SIZE
+from ttame_jax.config import REFERENCE_BATCH_SIZE
 from ttame_jax.training.log import say
 
-MAX_BATCH_SIZE = 1024  # over all devices; beyond it an epoch has too few steps
-DEVICE_SHARE = 0.9  # of an accelerator's memory; images on their way and fragments have the rest
-HOST_SHARE = 0.5  # of the machine's memory, where its processor is the device
-PROBES = (4, 8)  # images a device in the two steps from which larger ones are estimated
+MAX_BATCH_SIZE = 1024  # over all devices; a larger batch leaves too few steps per epoch
+DEVICE_SHARE = (
+    0.9  # of an accelerator's memory; the rest is for prefetched images and fragmentation
+)
+HOST_SHARE = 0.5  # of the machine's memory, if its CPU is the device
+PROBES = (4, 8)  # images per device in the two steps from which larger ones are estimated
 
 
 def largest_batch(compile_step: Callable[[int], jax.stages.Compiled], images: int) -> int:
-    """The largest power of two times the number of devices whose step fits into the memory.
+    """The largest power of two times the number of devices whose step fits into memory.
 
-    Nothing is run: what a step needs is read off the compiled program. Two small ones say, along a
-    straight line, where to start; the first batch from there down whose own program fits is taken.
-    All processes come to the same number.
+    Nothing is run: the memory of a step is read from the compiled program. A linear estimate from
+    two small batches gives the first candidate. From there on downwards, the first batch whose
+    compiled program fits is taken. All processes agree on the number.
 
     Args:
-      compile_step: the training step for a batch, over all devices.
-      images: in the training set; the batch holds no more of them, nor more than
+      compile_step: compiles the training step for a batch size, over all devices.
+      images: number of training images. The batch is no larger than that, or than
         ``MAX_BATCH_SIZE``.
 
     Raises:
-      ValueError: if one image a device does not fit.
+      ValueError: one image per device does not fit.
     """
     devices = jax.device_count()
     most = max(devices, min(images, MAX_BATCH_SIZE))
@@ -40,12 +42,12 @@ def largest_batch(compile_step: Callable[[int], jax.stages.Compiled], images: in
     if memory is None:
         size = max(size for size in sizes if size <= max(devices, REFERENCE_BATCH_SIZE))
         kind = jax.devices()[0].device_kind
-        say(f"--batch-size auto takes {size}: {kind} does not tell its memory; or give a number")
+        say(f"--batch-size auto: {size}, because {kind} does not report its memory")
         return size
 
     @functools.cache
     def share(size: int) -> float:
-        """Of the usable memory, on the fullest device."""
+        """Fraction of the usable memory on the fullest device."""
         mine = np.float32(_needed(compile_step, size) / memory)
         return float(multihost_utils.process_allgather(mine).max())
 
@@ -55,18 +57,18 @@ def largest_batch(compile_step: Callable[[int], jax.stages.Compiled], images: in
         estimate = share(larger) + slope * (size - larger)
         if (size <= larger or estimate <= 1) and share(size) <= 1:
             say(
-                f"--batch-size auto takes {size}: a step needs {share(size):.0%} of the "
-                f"{memory / 2**30:.1f} GiB that it may use of each device"
+                f"--batch-size auto: {size}. A step needs {share(size):.0%} of the "
+                f"{memory / 2**30:.1f} GiB that it may use on each device"
             )
             return size
     raise ValueError(
-        f"not even one image a device fits: a step of {devices} needs {share(devices):.0%} of the "
-        f"{memory / 2**30:.1f} GiB that it may use of each: try --precision bfloat16"
+        f"one image per device does not fit: a step of {devices} needs {share(devices):.0%} of the "
+        f"{memory / 2**30:.1f} GiB that it may use on each: try --precision bfloat16"
     )
 
 
 def usable_memory() -> float | None:
-    """Bytes of each of this process's devices; None where they do not tell."""
+    """Usable bytes on each device of this process; None if the devices do not report it."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -76,13 +78,13 @@ def usable_memory() -> float | None:
 
 
 def _needed(compile_step: Callable[[int], jax.stages.Compiled], size: int) -> float:
-    """Bytes of a device while it runs the step; infinite where the compiler gives up."""
+    """Bytes on a device while it runs the step; infinite if the compiler runs out of memory."""
     try:
         needs = compile_step(size).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return math.inf
-    # The new state takes the place of the old one (the alias).
+    # The new state takes the place of the donated one (the alias).
     outputs = needs.output_size_in_bytes - needs.alias_size_in_bytes
     return needs.argument_size_in_bytes + outputs + needs.temp_size_in_bytes

@@ -1,38 +1,25 @@
-"""Orbax checkpoints of a run: the last ones and the best one by AD and IC at 15 %."""
+"""Orbax checkpoints of a run in training: the last ones, and the best by AD and IC at 15 %."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
-from flax import nnx
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from ttame_jax.attention import AttentionMechanism
 from ttame_jax.files import absolute
+from ttame_jax.runs import CHECKPOINT_FOLDER, attention_item, score
 from ttame_jax.training.step import TrainState
 
-CHECKPOINT_FOLDER = "checkpoints"
 LAST_KEPT = 2
 
 
-def score(metrics: Mapping[str, float]) -> float:
-    """What makes a checkpoint the best: high IC(15 %) and low AD(15 %), by their difference.
-
-    Minus infinity where training diverged.
-    """
-    difference = metrics["IC_15"] - metrics["AD_15"]
-    return difference if math.isfinite(difference) else -math.inf
-
-
 class Checkpoints:
-    """The checkpoints of a run, saved in the background; a context manager.
+    """The checkpoints of a run, saved in the background. A context manager.
 
-    Each holds the attention mechanism, the optimizer's state and the place in the data, as
-    separate items, so that explaining reads only the first. All processes save and restore
-    together, and any number of them restores what another number has saved.
+    Each checkpoint holds the attention mechanism, the optimizer's state and the position in the
+    data as separate items, so that explaining reads only the first. All processes save and restore
+    together. A checkpoint can be restored with another number of processes.
     """
 
     def __init__(self, run_dir: Path):
@@ -56,7 +43,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, error, *_):
-        # Waits for what is being written, which ends only if no other process has failed.
+        # Waits for pending writes, which finish only if no other process has failed.
         if error is None or jax.process_count() == 1:
             self._manager.close()
 
@@ -66,40 +53,38 @@ class Checkpoints:
         data: Mapping[str, int],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Saves the state and the place in the data, unless this step is saved already."""
+        """Saves the state and the position in the data, unless this step is saved already."""
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         items = ocp.args.Composite(
-            attention=ocp.args.StandardSave(_attention_item(state.params, state.batch_stats)),
+            attention=ocp.args.StandardSave(attention_item(state.params, state.batch_stats)),
             optimizer=ocp.args.StandardSave({"step": state.step, "state": state.opt_state}),
             data=ocp.args.JsonSave(dict(data)),
         )
         self._manager.save(step, args=items, metrics=metrics)
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, int] | None]:
-        """The last checkpoint's state, on the given one's devices, and its place in the data.
+        """Restores the last checkpoint: its state on the given state's devices, and its position.
 
-        Without a checkpoint it is the given one, and None.
+        Returns the given state and None if there is no checkpoint.
 
         Raises:
-          ValueError: the checkpoint comes from elsewhere (`save_attention`).
+          ValueError: the checkpoint comes from another program (`ttame_jax.runs.save_attention`).
         """
         step = self._manager.latest_step()
         if step is None:
             return state, None
         if not (self._manager.directory / str(step) / "optimizer").exists():
             raise ValueError(
-                f"{self._manager.directory.parent} was made from another program's checkpoint, "
-                "which can be explained with and evaluated but not trained on: choose another "
+                f"{self._manager.directory.parent} was imported from another program's checkpoint. "
+                "It can be explained with and evaluated, but not trained further: choose another "
                 "--output"
             )
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                attention=ocp.args.StandardRestore(
-                    _attention_item(state.params, state.batch_stats)
-                ),
+                attention=ocp.args.StandardRestore(attention_item(state.params, state.batch_stats)),
                 optimizer=ocp.args.StandardRestore({"step": state.step, "state": state.opt_state}),
                 data=ocp.args.JsonRestore(),
             ),
@@ -111,49 +96,3 @@ class Checkpoints:
             restored.optimizer["state"],
         )
         return state, restored.data
-
-
-def _attention_item(params: nnx.State, batch_stats: nnx.State) -> dict[str, nnx.State]:
-    return {"params": params, "batch_stats": batch_stats}
-
-
-def save_attention(run_dir: Path, attention: AttentionMechanism, step: int) -> None:
-    """Saves a mechanism from elsewhere as a run's one checkpoint: to explain with, not to resume.
-
-    Args:
-      run_dir: the run's folder.
-      attention: with its parameters and statistics.
-      step: how many training steps it has had.
-    """
-    _, params, batch_stats = nnx.split(attention, nnx.Param, nnx.BatchStat)
-    item = ocp.args.StandardSave(_attention_item(params, batch_stats))
-    with ocp.CheckpointManager(absolute(run_dir / CHECKPOINT_FOLDER)) as manager:
-        manager.save(step, args=ocp.args.Composite(attention=item))
-
-
-def load_attention(run_dir: str | Path, attention: AttentionMechanism) -> int:
-    """Fills the mechanism from the run's best checkpoint, its last where none was measured.
-
-    Returns:
-      The checkpoint's step.
-
-    Raises:
-      FileNotFoundError: if the run has no checkpoint yet.
-    """
-    folder = absolute(epath.Path(run_dir) / CHECKPOINT_FOLDER)
-    missing = FileNotFoundError(f"{run_dir} has no checkpoint yet: train it with ttame train")
-    if not folder.is_dir():
-        raise missing
-    _, params, batch_stats = nnx.split(attention, nnx.Param, nnx.BatchStat)
-    options = ocp.CheckpointManagerOptions(best_fn=score, read_only=True)
-    with ocp.CheckpointManager(folder, options=options) as manager:
-        step = manager.best_step()
-        if step is None:
-            step = manager.latest_step()
-        if step is None:
-            raise missing
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _attention_item(params, batch_stats))
-        items = ocp.args.Composite(attention=ocp.args.StandardRestore(shapes))
-        restored = manager.restore(step, args=items).attention
-    nnx.update(attention, restored["params"], restored["batch_stats"])
-    return step

@@ -1,4 +1,4 @@
-"""Trains a small backbone on labelled images, for data sets without a published classifier."""
+"""Trains a small classifier on labelled images, for data sets without a published one."""
 
 from collections.abc import Callable
 
@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ttame_jax.backbones import Backbone
 from ttame_jax.data import Source, evaluation_batches
 from ttame_jax.losses import cross_entropy
+from ttame_jax.preprocessing import to_float
 
 
 def train_classifier(
@@ -24,26 +25,26 @@ def train_classifier(
     shift: int = 3,
     seed: int = 0,
 ) -> None:
-    """Trains a backbone in place, its rate rising for a tenth of the steps, then falling.
+    """Trains a backbone in place, with linear warmup over a tenth of the steps and cosine decay.
 
-    Matrices learn by Muon, which small transformers need a third of the steps with, all else by
-    AdamW. BatchNorms keep the running statistics that they have: they are affine layers here.
-    All images are decoded once and kept in memory.
+    Matrices are trained with Muon, with which small transformers need a third of the steps, and
+    all other parameters with AdamW. BatchNorms keep their running statistics, so they are affine
+    layers here. All images are decoded once and kept in memory.
 
     Args:
       backbone: a randomly initialised classifier.
       source: its labelled images.
-      epochs: passes over them.
-      batch_size: images a step.
-      learning_rate: peak of AdamW's cosine schedule; Muon's is ten times that.
-      shift: images are rolled by up to so many pixels each way.
+      epochs: passes over the images.
+      batch_size: images per step.
+      learning_rate: peak rate of AdamW; Muon's is ten times that.
+      shift: largest random shift of an image in pixels, with wrap-around.
       seed: of the order of the images and their shifts.
     """
     images, labels = _decode(backbone, source)
     steps_per_epoch = len(images) // batch_size
     optimizer = _optimizer(learning_rate, epochs * steps_per_epoch)
     graph, params, rest = nnx.split(backbone, nnx.Param, ...)
-    params = jax.tree.map(jnp.copy, params)  # the step donates them; the backbone keeps its own
+    params = jax.tree.map(jnp.copy, params)  # the step donates its copy
     opt_state = optimizer.init(params)
     step_fn = jax.jit(_make_step(graph, rest, optimizer, shift), donate_argnums=(0, 1))
     rng, key = np.random.default_rng(seed), jax.random.key(seed)
@@ -82,7 +83,7 @@ def _make_step(graph, rest, optimizer: optax.GradientTransformation, shift: int)
 
         def loss_fn(params):
             backbone = nnx.merge(graph, params, rest)
-            inputs = backbone.preprocessing.standardise(images.astype(jnp.float32) / 255)
+            inputs = backbone.preprocessing.standardise(to_float(images))
             return cross_entropy(backbone(inputs)[0], labels).mean()
 
         updates, opt_state = optimizer.update(jax.grad(loss_fn)(params), opt_state, params)
@@ -92,13 +93,13 @@ def _make_step(graph, rest, optimizer: optax.GradientTransformation, shift: int)
 
 
 def accuracy(backbone: Backbone, source: Source, batch_size: int = 100) -> float:
-    """Share (0 to 1) of a source's images whose label is the likeliest class."""
+    """Top-1 accuracy (0 to 1) on the images of a source."""
     graph, state = nnx.split(backbone)
 
     @jax.jit
     def predict(state, images):
         backbone = nnx.merge(graph, state)
-        images = backbone.preprocessing.standardise(images.astype(jnp.float32) / 255)
+        images = backbone.preprocessing.standardise(to_float(images))
         return backbone(images)[0].argmax(-1)
 
     right = total = 0

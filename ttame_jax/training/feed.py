@@ -1,4 +1,4 @@
-"""Batches on their way to the devices."""
+"""Copies batches to the devices ahead of time."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,15 +11,15 @@ from ttame_jax.mesh import shard_batch
 
 
 class Feed:
-    """Images on the devices, read and copied there while the step before runs; a context manager.
-
-    Attributes:
-      waited: seconds in all for which no step ran for want of a batch.
-      state: that of the batches after the one taken last.
+    """Batches of images on the devices, loaded while the previous step runs. A context manager.
 
     Args:
-      batches: endless; this process's part of each global batch.
-      mesh: over which the images are spread.
+      batches: this process's part of each global batch, without end.
+      mesh: the mesh over which the images are sharded.
+
+    Attributes:
+      waited: total seconds during which no step ran because the next batch was not ready.
+      state: the state of `batches` after the last batch taken.
     """
 
     def __init__(self, batches: Batches, mesh: Mesh):
@@ -27,7 +27,7 @@ class Feed:
         self.state = batches.get_state()
         self._batches, self._mesh = batches, mesh
         self._running = None
-        self._pool = ThreadPoolExecutor(1)  # a batch is made in order, and one ahead
+        self._pool = ThreadPoolExecutor(1)  # one thread: batches are loaded in order, one ahead
         self._next = self._pool.submit(self._load)
 
     def __enter__(self):
@@ -37,11 +37,11 @@ class Feed:
         self._pool.shutdown()
 
     def take(self, running) -> jax.Array:
-        """The next images, uint8 ``[B, S, S, 3]``.
+        """Returns the next images, uint8 ``[B, S, S, 3]``.
 
         Args:
-          running: arrays that the step before gives, or None. It may still run when this returns,
-            but not the one before it: no more than one step waits its turn on the devices.
+          running: outputs of the previous step, or None. That step may still run when this method
+            returns, but not the one before it, so at most one step is queued on the devices.
         """
         jax.block_until_ready(self._running)
         self._running = running

@@ -1,4 +1,4 @@
-"""What a run says: a progress bar, metrics.jsonl, validation.jsonl and TensorBoard events."""
+"""The logs of a run: a progress bar, metrics.jsonl, validation.jsonl and TensorBoard events."""
 
 import json
 import math
@@ -14,26 +14,24 @@ from tqdm import tqdm
 from ttame_jax.files import in_bucket, write_atomically
 from ttame_jax.training.feed import Feed
 
-# Events, and logs in a bucket, whose objects cannot be appended to, are written so often.
+# Interval for events, and for logs in a bucket, whose objects cannot be appended to.
 _FLUSH_SECONDS = 30
 
 
 def say(line: str) -> None:
-    """Prints a line above the progress bar, from one process of a run alone."""
+    """Prints a line above the progress bar, in process 0 only."""
     if jax.process_index() == 0:
         tqdm.write(line, file=sys.stderr)
 
 
 class Log:
-    """The logs of one run, from the step that it starts or resumes at; a context manager.
-
-    Process 0 alone writes them.
+    """The logs of a run. A context manager. Only process 0 writes them.
 
     Args:
-      folder: of the run.
-      first: steps done before.
-      total: steps of the whole run.
-      feed: whose waiting is logged.
+      folder: the run's folder.
+      first: number of steps finished earlier, 0 for a new run.
+      total: number of steps of the whole run.
+      feed: its waiting time is logged.
     """
 
     def __init__(self, folder: Path, first: int, total: int, feed: Feed):
@@ -43,7 +41,7 @@ class Log:
             initial=first, total=total, unit="step", dynamic_ncols=True, disable=not self._writes
         )
         if self._writes:
-            from tensorboardX import SummaryWriter  # slow: it imports PyTorch where that is there
+            from tensorboardX import SummaryWriter  # slow: it imports PyTorch if installed
 
             self.metrics, self.validation = (
                 JsonLines(folder / name, first) for name in ("metrics.jsonl", "validation.jsonl")
@@ -93,12 +91,12 @@ class Log:
 
 
 class JsonLines:
-    """A file with a JSON object a line, without those of steps after the one resumed from."""
+    """A file with one JSON object per line. Lines of steps after the resumed one are dropped."""
 
     def __init__(self, path: Path, step: int):
         self.path = epath.Path(path)
         text = self.path.read_text() if self.path.exists() else ""
-        lines = text.split("\n")[:-1]  # what follows the last line end was cut short
+        lines = text.split("\n")[:-1]  # an incomplete last line is dropped
         self._lines = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
         self._appends = not in_bucket(path)
         self._written = -math.inf

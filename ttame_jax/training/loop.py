@@ -1,4 +1,4 @@
-"""A training run from its configuration to its checkpoints."""
+"""A training run, from its configuration to its checkpoints."""
 
 import contextlib
 import dataclasses
@@ -16,46 +16,42 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ttame_jax.data import Batches, load_source, select, train_batches
+from ttame_jax.config import CONFIG_FILE, TrainConfig
+from ttame_jax.data import Batches, load_source, train_batches
 from ttame_jax.mesh import AXIS, check_batch_size, data_mesh, replicate
-from ttame_jax.methods import TTAME
-from ttame_jax.metrics.evaluation import Evaluator, summarise
+from ttame_jax.runs import build_attention, build_backbone, load_config
 from ttame_jax.training.batch_size import largest_batch
 from ttame_jax.training.checkpoints import Checkpoints
-from ttame_jax.training.config import CONFIG_FILE, TrainConfig, load_config
 from ttame_jax.training.feed import Feed
 from ttame_jax.training.log import Log, say
-from ttame_jax.training.models import build_attention, build_backbone
 from ttame_jax.training.optimizer import OneCycle, one_cycle_sgd
 from ttame_jax.training.step import TrainState, initial_state, make_train_step
 
-
-def train(config: TrainConfig) -> None:
-    """Trains an attention mechanism, or resumes the run in ``config.output``.
-
-    Writes ``config.json``, ``metrics.jsonl``, ``validation.jsonl``, TensorBoard events and
-    ``checkpoints/`` there. SIGTERM saves a checkpoint and returns.
-
-    Raises:
-      ValueError: if the folder holds a run of another configuration, or the batch does not
-        divide over the devices.
-      FileNotFoundError: if weights or images are missing; the message says what brings them.
-    """
-    Run(config).train()
+Validate = Callable[[TrainState], dict[str, float]]
+"""Computes the validation metrics of a state, by name (``AD_15`` and ``IC_15`` among them)."""
 
 
 class Plan(NamedTuple):
-    """What follows from the size of a batch."""
+    """What follows from the batch size."""
 
     steps_per_epoch: int
     total_steps: int
     cycle: OneCycle
     optimizer: optax.GradientTransformation
-    step: Callable  # compiled when it is first called
+    step: Callable  # compiled at its first call
 
 
-class Run:
-    """All that a run needs, built and checked before the first step."""
+class Trainer:
+    """Everything that a run needs, built and checked before the first step.
+
+    Args:
+      config: of the run.
+
+    Raises:
+      ValueError: the folder holds a run of another configuration, or the batch does not divide
+        over the devices.
+      FileNotFoundError: weights or images are missing; the message tells how to get them.
+    """
 
     def __init__(self, config: TrainConfig):
         self.config = config = settle(config)
@@ -74,19 +70,16 @@ class Run:
                 f"{config.dataset} has {len(self.source)} images, less than one batch: "
                 f"lower --batch-size to at most that"
             )
-        self.validation = None
-        if config.validation_images:
-            source = load_source(config.dataset, config.validation_split, config.data_dir)
-            self.validation = Evaluator(
-                TTAME(self.backbone, self.attention),
-                source,
-                masking=self.masking,
-                indices=select(source, config.validation_list, config.validation_images),
-                batch_size=config.batch_size,
-            )
 
-    def train(self) -> None:
-        """Runs all steps that are left, or those until SIGTERM."""
+    def train(self, validate: Validate | None = None) -> None:
+        """Runs all remaining steps, or those until SIGTERM, which saves a checkpoint.
+
+        Writes ``config.json``, ``metrics.jsonl``, ``validation.jsonl``, TensorBoard events and
+        ``checkpoints/`` into the run's folder.
+
+        Args:
+          validate: called after each epoch; None disables validation.
+        """
         config, plan = self.config, self.plan
         learning_rate = jax.jit(plan.cycle.learning_rate)
         state = self._initial_state(plan)
@@ -95,9 +88,9 @@ class Run:
             Checkpoints(config.output) as checkpoints,
             preemption() as preempted,
         ):
-            state, place = checkpoints.restore(state)
-            if place is not None:
-                batches.set_state(place)
+            state, position = checkpoints.restore(state)
+            if position is not None:
+                batches.set_state(position)
             first, metrics = int(state.step), None
             if jax.process_index() == 0:
                 config.save()
@@ -115,7 +108,10 @@ class Run:
                         log.write(step, {**metrics, "learning_rate": rate}, config.batch_size)
                     stop = preempted(step)
                     if step % plan.steps_per_epoch == 0:
-                        checkpoints.save(state, feed.state, self._measure(step, state, log))
+                        figures = validate(state) if validate else None
+                        if figures:
+                            log.write_validation(step, step // plan.steps_per_epoch, figures)
+                        checkpoints.save(state, feed.state, figures)
                     elif step % config.checkpoint_every == 0 or stop:
                         checkpoints.save(state, feed.state)
                     if stop:
@@ -143,7 +139,7 @@ class Run:
         return replicate(initial_state(self.attention, plan.optimizer), self.mesh)
 
     def _compiled_step(self, batch_size: int) -> jax.stages.Compiled:
-        """The step as it would run; JAX's cache of programs keeps it for when it does."""
+        """The compiled step for a batch size. JAX's cache keeps the program for training."""
         plan, side = self._plan(batch_size), self.backbone.preprocessing.image_size
         sharding = NamedSharding(self.mesh, P(AXIS))
         images = jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.uint8, sharding=sharding)
@@ -162,39 +158,25 @@ class Run:
             process_count=jax.process_count(),
         )
 
-    def _measure(self, step: int, state: TrainState, log: Log) -> dict[str, float] | None:
-        if self.validation is None:
-            return None
-        attention_state = nnx.merge_state(state.params, state.batch_stats)
-        rows = self.validation(
-            nnx.State({"backbone": self.backbone_state, "attention": attention_state})
-        )
-        summary = summarise(rows, self.validation.measures)
-        measured = {
-            f"{name}_{percent}": value
-            for name, values in summary.items()
-            for percent, value in values.items()
-        }
-        log.write_validation(step, step // self.plan.steps_per_epoch, measured)
-        return measured
-
     def _announce(self, first: int) -> None:
         devices = jax.devices()
         trained = sum(p.size for p in jax.tree.leaves(nnx.state(self.attention, nnx.Param)))
         start = f"resuming after step {first}" if first else "starting"
         say(
             f"{start}: {len(devices)} x {devices[0].device_kind}, {self.backbone.name} frozen, "
-            f"{trained:,} parameters trained, {len(self.source):,} images, "
+            f"{trained:,} trained parameters, {len(self.source):,} images, "
             f"{self.plan.total_steps:,} steps of {self.config.batch_size}, "
             f"peak rate {self.plan.cycle.peak:g}"
         )
 
 
 def settle(config: TrainConfig) -> TrainConfig:
-    """The configuration, its batch size that of the run in its folder where it says auto.
+    """Checks a configuration against the run in its folder, and adopts that run's batch size if
+    the configuration says auto.
 
     Raises:
-      ValueError: as `train` does.
+      ValueError: the folder holds a run of another configuration, or the batch does not divide
+        over the devices.
     """
     if (epath.Path(config.output) / CONFIG_FILE).is_file():
         before = load_config(config.output)
@@ -214,17 +196,17 @@ def _check_same(before: TrainConfig, config: TrainConfig) -> None:
     ]
     if changed:
         raise ValueError(
-            f"{config.output} holds a run of other settings ({'; '.join(changed)}): "
+            f"{config.output} holds a run with other settings ({'; '.join(changed)}): "
             "resume it with those, or choose another --output"
         )
 
 
 @contextlib.contextmanager
 def preemption() -> Iterator[Callable[[int], bool]]:
-    """Whether to stop after a step, to be asked after each: SIGTERM has come.
+    """Yields a function that tells after each step whether SIGTERM has asked to stop.
 
-    Of several processes any one may get it, and all stop after the same step: JAX's preemption
-    service, which listens for the signal then, has them agree.
+    Of several processes any one may receive the signal. JAX's preemption service, which then
+    listens for it, makes all of them stop after the same step.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point

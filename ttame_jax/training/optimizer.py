@@ -1,4 +1,4 @@
-"""SGD under the one-cycle policy, step for step as PyTorch's ``OneCycleLR``."""
+"""SGD with the one-cycle policy, equal to PyTorch's ``OneCycleLR`` step by step."""
 
 import math
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-PEAK_SHARE = 0.3  # pct_start: the share of all steps on which the rate rises
+PEAK_SHARE = 0.3  # pct_start: fraction of all steps during which the rate rises
 DIV_FACTOR = 25.0  # peak rate / first rate
 FINAL_DIV_FACTOR = 1e4  # first rate / last rate
 BASE_MOMENTUM, MAX_MOMENTUM = 0.85, 0.95
@@ -15,9 +15,9 @@ WEIGHT_DECAY = 5e-4
 
 
 class OneCycle(NamedTuple):
-    """Two cosine phases: the rate rises to its peak on step ``0.3 * total - 1``, then falls.
+    """Two cosine phases: the rate rises to its peak at step ``0.3 * total - 1``, then falls.
 
-    The momentum moves the other way, from 0.95 to 0.85 and back.
+    The momentum falls from 0.95 to 0.85 and rises back.
     """
 
     peak: float
@@ -46,7 +46,7 @@ def _cosine(start: float, end: float, share: jax.Array) -> jax.Array:
 
 
 def _decayed(params):
-    """Weights decay, BatchNorm scales included; biases do not."""
+    """Weights decay, including BatchNorm scales. Biases do not."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: "bias" not in jax.tree_util.keystr(path), params
     )

@@ -1,7 +1,6 @@
 """The compiled training step, data-parallel over one device mesh."""
 
 import dataclasses
-import os
 from collections.abc import Callable
 
 import jax
@@ -13,18 +12,19 @@ from jax.sharding import PartitionSpec as P
 
 from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import Backbone
-from ttame_jax.backbones.base import in_groups
+from ttame_jax.compilers import compiler_options, in_groups
 from ttame_jax.losses import LossConfig, cross_entropy, total_loss
-from ttame_jax.masking import MaskingKind, mask_images, upsample
+from ttame_jax.masking import mask_images, upsample
 from ttame_jax.mesh import AXIS
+from ttame_jax.preprocessing import Masking, to_float
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """All that a step changes."""
+    """Everything that a step updates."""
 
-    step: jax.Array  # int32, the number of steps done
+    step: jax.Array  # int32, the number of finished steps
     params: nnx.State  # of the attention mechanism
     batch_stats: nnx.State  # its BatchNorms' running statistics
     opt_state: optax.OptState
@@ -43,18 +43,18 @@ def make_train_step(
     attention: AttentionMechanism,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    masking: MaskingKind,
+    masking: Masking,
     loss_config: LossConfig,
     *,
     synchronise: bool = False,
 ) -> Callable:
     """Compiles a step of T-TAME's training (section III-D).
 
-    By default each device takes its part of the batch by itself, as under ``jax.pmap``: its Psi
-    are the maps of its own images' model truths, its BatchNorms see its own features. With
-    `synchronise` both are those of the whole batch, and the number of devices changes nothing.
-    Either way losses, gradients and running statistics are averaged over the devices: each has as
-    many images, and both recipes are means over images, so the average is the loss of the batch.
+    By default each device uses its own part of the batch, as under ``jax.pmap``: Psi holds the maps
+    of the model truths of its images, and BatchNorm uses their features. With `synchronise` both
+    use the whole batch, and the result does not depend on the number of devices. In both cases
+    losses, gradients and running statistics are averaged over the devices. Each device has the
+    same number of images and both recipes are means over images, so this is the batch's loss.
 
     Returns:
       ``step(state, backbone_state, images) -> (state, metrics)``; ``images`` uint8
@@ -69,7 +69,7 @@ def make_train_step(
         mechanism = nnx.merge(attention_graph, params, batch_stats, copy=True)
         logits, features = classify(classify.preprocessing.standardise(images))
         classes = jnp.argmax(logits, axis=-1)  # the model truth [b]
-        shown, first = classes, 0  # whose maps Psi holds, and where this device's own images start
+        shown, first = classes, 0  # the classes in Psi, and the index of this device's first image
         if synchronise:
             shown = jax.lax.all_gather(classes, AXIS, tiled=True)  # [B]
             first = jax.lax.axis_index(AXIS) * len(classes)
@@ -82,9 +82,9 @@ def make_train_step(
         return loss, ({"loss": loss, **terms}, nnx.state(mechanism, nnx.BatchStat))
 
     def local_step(state: TrainState, backbone_state, images):
-        images = images.astype(jnp.float32) / 255
-        # Marked as differing between devices, so that the gradient is the device's own and
-        # crosses devices once, in the mean below.
+        images = to_float(images)
+        # Marked as varying over devices, so that the gradient is the device's own and is reduced
+        # over devices once, in the mean below.
         params, batch_stats = jax.lax.pcast((state.params, state.batch_stats), AXIS, to="varying")
         gradient = jax.grad(loss_fn, has_aux=True)
         grads, aux = gradient(params, batch_stats, backbone_state, images)
@@ -94,14 +94,14 @@ def make_train_step(
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     step = jax.shard_map(local_step, mesh=mesh, in_specs=(P(), P(), P(AXIS)), out_specs=(P(), P()))
-    return jax.jit(step, donate_argnums=0, compiler_options=_compiler_options(mesh))
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(mesh))
 
 
 def _entropies(backbone: Backbone, images: jax.Array, classes: jax.Array) -> jax.Array:
     """Cross-entropies [B] of standardised images [B, H, W, 3] against classes [B].
 
-    Their gradients are taken along with them, so that the classifier's activations are kept for
-    one group of images at a time.
+    The gradients are computed along with the values, so the classifier's activations are kept for
+    only one group of images at a time.
     """
 
     def of_group(images, classes):
@@ -114,7 +114,7 @@ def _entropies(backbone: Backbone, images: jax.Array, classes: jax.Array) -> jax
 
 @jax.custom_vjp
 def _with_gradients(images, values, gradients):
-    """Values [B] of images [B, ...], each of which has the gradient [...] with its image."""
+    """Returns values [B] of images [B, ...] and gives them the gradients [B, ...]."""
     del images, gradients
     return values
 
@@ -123,12 +123,3 @@ _with_gradients.defvjp(
     lambda images, values, gradients: (values, gradients),
     lambda gradients, scales: (jax.vmap(jnp.multiply)(scales, gradients), None, None),
 )
-
-
-def _compiler_options(mesh: Mesh) -> dict[str, bool] | None:
-    """Lets gradients cross GPUs while others are computed, unless XLA_FLAGS says whether to."""
-    option = "xla_gpu_enable_latency_hiding_scheduler"
-    given = option in os.environ.get("XLA_FLAGS", "")
-    if given or mesh.size == 1 or jax.default_backend() != "gpu":
-        return None
-    return {option: True}

@@ -1,4 +1,4 @@
-"""Carrying a backbone's parameters across, exactly and completely, by the tables of layouts."""
+"""Transfers parameters between PyTorch state dicts and Flax modules, exactly and completely."""
 
 from collections.abc import Mapping
 
@@ -7,31 +7,37 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from .layouts import SAME, Entry, Table, backbone_tables, current_key
-
-Tensors = dict[str, np.ndarray]
+from ttame_jax.backbones import Backbone, family_of
+from ttame_jax.backbones.tensors import SAME, Entry, Table
+from ttame_jax.files import Tensors
 
 BODY = "generic.body."
-"""Before the backbone's keys in a checkpoint of the authors' code; other keys are not its own."""
+"""Prefix of the backbone's keys in a checkpoint of the authors' code."""
 
 
-def parameters(backbone) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
-    """Parameters and statistics of a backbone (abstract ones too) by dotted path."""
-    flat = nnx.to_flat_state(nnx.state(backbone))
+def parameters(module: nnx.Module) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
+    """Parameters and statistics of a module (also an abstract one) by dotted path."""
+    flat = nnx.to_flat_state(nnx.state(module))
     return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
-def layouts(backbone) -> dict[str, Table]:
-    """The tables, by layout, that hold all of the backbone: what timm refines, torchvision lacks."""
+def tables(backbone: Backbone) -> dict[str, Table]:
+    """The table of each library that has the family, by the library's name."""
+    libraries = family_of(backbone).libraries
+    return {name: library.tensors(backbone) for name, library in libraries.items()}
+
+
+def layouts(backbone: Backbone) -> dict[str, Table]:
+    """Those `tables` that hold every parameter: torchvision lacks what timm adds to a family."""
     paths = parameters(backbone).keys()
     return {
         name: table
-        for name, table in backbone_tables(backbone).items()
+        for name, table in tables(backbone).items()
         if {entry.flax_path for entry in table} == paths
     }
 
 
-def to_torch(backbone, layout: str) -> Tensors:
+def to_torch(backbone: Backbone, layout: str) -> Tensors:
     """The backbone's state dict in the layout "torchvision" or "timm".
 
     Raises:
@@ -43,12 +49,12 @@ def to_torch(backbone, layout: str) -> Tensors:
     return export(backbone, tables[layout])
 
 
-def shapes(backbone, layout: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of the backbone's state dict (an abstract one's too) in a layout."""
+def shapes(backbone: Backbone, layout: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the state dict of a backbone (also an abstract one) in a layout."""
     values = parameters(backbone)
     return {
         key: jax.eval_shape(transform.to_torch, values[path]).shape
-        for key, path, transform in backbone_tables(backbone)[layout]
+        for key, path, transform in tables(backbone)[layout]
     }
 
 
@@ -67,27 +73,29 @@ def _torch_type(value: np.ndarray) -> np.ndarray:
     return value.astype(np.int64) if value.dtype.kind == "i" else value
 
 
-def to_flax(backbone, tensors: Mapping[str, np.ndarray], source: str = "weights") -> Tensors:
-    """A state dict as arrays by Flax path, complete for `backbone`.
+def to_flax(
+    backbone: Backbone, tensors: Mapping[str, np.ndarray], source: str = "weights"
+) -> Tensors:
+    """Converts a state dict to arrays by Flax path, complete for `backbone`.
 
     Args:
       backbone: gives structure and shapes; an abstract one (`nnx.eval_shape`) will do.
-      tensors: in torchvision's, timm's or our own layout, which is recognised from the keys;
-        a prefix `module.`, `model.` or `generic.body.` is dropped.
+      tensors: in torchvision's, timm's or our own layout, which is recognised from the keys. A
+        prefix `module.`, `model.` or `generic.body.` is dropped.
       source: what to call the tensors in an error.
 
     Raises:
       ValueError: naming the tensors that are missing, left over or of another shape.
     """
-    tensors = _plain_keys(tensors, source)
+    tensors = _plain_keys(backbone, tensors, source)
     table = _recognise(backbone, tensors, source)
     return complete(backbone, table, tensors, f"{source} does not fit {backbone.name}")
 
 
 def complete(module: nnx.Module, table: Table, tensors: Tensors, misfit: str) -> Tensors:
-    """A state dict as arrays by Flax path, complete for `module`, by a table.
+    """Converts a state dict to arrays by Flax path, complete for `module`, using a table.
 
-    Floating-point tensors become float32; a counter that is not there is zero.
+    Floating-point tensors become float32. A missing counter is zero.
 
     Raises:
       ValueError: beginning with `misfit`, and naming the tensors that are missing, left over
@@ -115,7 +123,7 @@ def complete(module: nnx.Module, table: Table, tensors: Tensors, misfit: str) ->
 
 
 def fill(module: nnx.Module, tensors: Mapping[str, np.ndarray]) -> nnx.Module:
-    """The module (an abstract one too), its parameters now the given arrays by path."""
+    """Sets the parameters of a module (also an abstract one) to the given arrays by path."""
     paths = [path for path, _ in nnx.to_flat_state(nnx.state(module))]
     values = {path: jnp.asarray(tensors[".".join(map(str, path))]) for path in paths}
     nnx.update(module, nnx.from_flat_state(values))
@@ -123,34 +131,36 @@ def fill(module: nnx.Module, tensors: Mapping[str, np.ndarray]) -> nnx.Module:
 
 
 def _counts(entry: Entry, needed: Mapping) -> bool:
-    """Whether it is a BatchNorm's count of batches, which older files lack."""
+    """Whether it is the number of batches of a BatchNorm, which older files lack."""
     return entry.flax_path is None or needed[entry.flax_path].dtype == np.int32
 
 
-def _plain_keys(tensors: Mapping[str, np.ndarray], source: str) -> Tensors:
+def _plain_keys(backbone: Backbone, tensors: Mapping[str, np.ndarray], source: str) -> Tensors:
     if any(key.startswith(BODY) for key in tensors):
         tensors = {key: value for key, value in tensors.items() if key.startswith(BODY)}
     for prefix in ("module.", "model.", BODY):
         if tensors and all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    plain = {current_key(key): value for key, value in tensors.items()}
+    torchvision = family_of(backbone).torchvision
+    renamed = torchvision.renamed if torchvision else str
+    plain = {renamed(key): value for key, value in tensors.items()}
     if len(plain) < len(tensors):
-        twice = [key for key in tensors if key != current_key(key) and current_key(key) in tensors]
+        twice = [key for key in tensors if key != renamed(key) and renamed(key) in tensors]
         raise ValueError(f"{source} holds tensors under an old and a new name: {_some(twice)}")
     return plain
 
 
-def _recognise(backbone, tensors: Tensors, source: str) -> Table:
-    """The table that shares most keys with the tensors."""
+def _recognise(backbone: Backbone, tensors: Tensors, source: str) -> Table:
+    """The table that shares the most keys with the tensors."""
     ours = [Entry(path, path, SAME) for path in parameters(backbone)]
-    tables = [*layouts(backbone).values(), ours]
-    shared = [sum(entry.torch_key in tensors for entry in table) for table in tables]
+    candidates = [*layouts(backbone).values(), ours]
+    shared = [sum(entry.torch_key in tensors for entry in table) for table in candidates]
     if not any(shared):
         raise ValueError(
             f"{source} does not fit {backbone.name}: no tensor of it is known "
             f"({_some(list(tensors))})"
         )
-    return tables[int(np.argmax(shared))]
+    return candidates[int(np.argmax(shared))]
 
 
 def _cross(module, entry: Entry, tensor: np.ndarray, needed, misfit: str) -> np.ndarray:

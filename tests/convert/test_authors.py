@@ -15,17 +15,16 @@ from flax import nnx
 from reference_code import CHANNELS, attention_state, checkpoint, class_maps, layers, scaled
 from safetensors.torch import load_file, save_file
 
-from convert.export import run_to_torch
-from convert.reference import from_reference, reference_attention
-from convert.timm_table import randomise
-from convert.torch_import import import_torchvision
-from convert.verify import random_images
-from convert.weights import to_torch
 from ttame_jax import load_explainer
-from ttame_jax.backbones import load_backbone
-from ttame_jax.training.checkpoints import load_attention
-from ttame_jax.training.config import load_config
-from ttame_jax.training.models import build_attention
+from ttame_jax.convert.authors import attention_state as authors_state
+from ttame_jax.convert.authors import from_reference
+from ttame_jax.convert.export import run_to_torch
+from ttame_jax.convert.pytorch.torch_import import import_torchvision
+from ttame_jax.convert.timm_table import randomise
+from ttame_jax.convert.verify import random_images
+from ttame_jax.runs import build_attention, load_attention, load_config
+from ttame_jax.weights import load_backbone
+from ttame_jax.weights.transfer import to_torch
 
 
 def random_module(model):
@@ -176,7 +175,7 @@ def check_maps(model, module, names, folder, their_layers):
     expected = scaled(class_maps(state, run_torch(module, names, images))[:, [1, 998]])
     np.testing.assert_allclose(maps, expected.numpy(), atol=1e-5)
 
-    back = reference_attention(explainer.backbone, explainer.attention, 7)
+    back = authors_state(explainer.backbone, explainer.attention, 7)
     for key, tensor in content["state_dict"].items():
         np.testing.assert_array_equal(back[key], tensor.numpy())
     for key, value in to_torch(explainer.backbone, "torchvision").items():
@@ -340,7 +339,7 @@ def test_an_interrupted_conversion_leaves_nothing(written, tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     path = written()
-    monkeypatch.setattr("convert.reference.TrainConfig.save", stop)
+    monkeypatch.setattr("ttame_jax.convert.authors.TrainConfig.save", stop)
     with pytest.raises(KeyboardInterrupt):
         from_reference(path, tmp_path / "run")
     assert os.listdir(tmp_path) == [path.name]

@@ -1,16 +1,17 @@
-"""Importing torchvision (and timm, which needs it) beside a PyTorch that lacks its operators."""
+"""Imports torchvision, also with a PyTorch build that cannot load its compiled operators."""
 
 from types import ModuleType
+from typing import Any
 
-_declared = []  # the operators live as long as the library object does
+_declared: list[Any] = []  # the operators live as long as the library object does
 
 
 def import_torchvision() -> ModuleType:
-    """torchvision; call this before importing timm as well.
+    """Imports torchvision. Call this before importing timm as well.
 
     torchvision's Python code registers functions for operators of its compiled part. With a
-    PyTorch build that cannot load that part, the import fails although nothing here needs
-    them; declaring their signatures is enough.
+    PyTorch build that cannot load that part, the import fails although nothing here needs the
+    operators. Declaring their signatures is enough.
     """
     try:
         import torchvision

@@ -1,0 +1,175 @@
+"""EfficientNet and its relatives against timm's modules, float32."""
+
+import sys
+from dataclasses import asdict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from real_images import read_images
+from references import assert_close, images, outputs
+from safetensors.torch import load_file
+
+from ttame_jax.backbones.efficientnet import FAMILY, _rounded
+from ttame_jax.convert.pytorch import timm
+from ttame_jax.convert.pytorch.checkpoints import numpy_state
+from ttame_jax.convert.timm_table import randomise
+from ttame_jax.weights import load_backbone, save_backbone, timm_models
+from ttame_jax.weights.transfer import fill, parameters, to_flax, to_torch
+
+NODES = ["blocks.2", "blocks.4", "blocks.6"]
+SMALL_NODES = ["blocks.2", "blocks.3", "blocks.4"]
+CARD = {
+    "input_size": (3, 64, 64),
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+}
+# Every kind of block, each with and without a shortcut where timm's notation has the choice.
+BLOCKS = [
+    ["cn_r1_k3_s1_e1_c8_skip"],
+    ["er_r2_k3_s2_e4_c12_se0.25"],
+    ["ir_r2_k5_s2_e4_c16_se0.25"],
+    ["ir_r1_k3_s2_e3_c24", "ir_r1_k3_s1_e3_c24_noskip"],
+    ["ds_r2_k3_s2_c32_se0.25"],
+]
+
+
+@pytest.fixture(autouse=True)
+def _highest_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@nnx.jit
+def run(backbone, x):
+    return backbone(x)
+
+
+def small(blocks=BLOCKS, **options):
+    """timm's module of a few narrow blocks."""
+    timm.create("test_efficientnet", device="meta")  # imports timm with torchvision's workaround
+    from timm.models._efficientnet_builder import decode_arch_def
+    from timm.models.efficientnet import EfficientNet
+
+    sizes = {"num_classes": 5, "num_features": 40, "stem_size": 8}
+    module = EfficientNet(decode_arch_def(blocks), **sizes, **options).eval()
+    module.pretrained_cfg = CARD
+    return module
+
+
+def load_small(module, **config):
+    """Our backbone, built and filled from the module alone."""
+    described = timm_models.read(module, "timm:any")
+    backbone = nnx.eval_shape(lambda: load_backbone("timm:any", **described, **config))
+    return fill(backbone, to_flax(backbone, numpy_state(module.state_dict())))
+
+
+def check(backbone, module, nodes, x):
+    logits, features = run(backbone, x)
+    for ours, theirs in zip((logits, *features), outputs(module, nodes, x), strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "efficientnet_b0", "tf_efficientnet_b0"])
+def test_efficientnet_equals_timm(name):
+    module = randomise(timm.create(name, num_classes=10))
+    backbone = nnx.eval_shape(lambda: load_backbone(name, num_classes=10))
+    state = numpy_state(module.state_dict())
+    fill(backbone, to_flax(backbone, state))
+    check(backbone, module, NODES, images(65, 96))
+    back = to_torch(backbone, "timm")
+    assert back.keys() == state.keys()
+    assert all(np.array_equal(back[key], value) for key, value in state.items())
+
+
+@pytest.mark.parametrize(
+    ("padding", "activation"), [("", "SiLU"), ("same", "SiLU"), ("", "ReLU"), ("same", "ReLU6")]
+)
+def test_blocks_equal_timm(padding, activation):
+    module = randomise(small(pad_type=padding, act_layer=getattr(torch.nn, activation)))
+    check(load_small(module), module, SMALL_NODES, images(37, 50))
+
+
+@pytest.mark.parametrize("name", FAMILY.architectures)
+def test_published_architectures_and_preprocessing_are_those_of_timm(name):
+    module = timm.create(name, device="meta")
+    fields = asdict(FAMILY.architectures[name])
+    assert fields.pop("num_classes") == module.num_classes
+    assert fields.pop("preprocessing") == timm.preprocessing(module.pretrained_cfg)
+    assert fields == FAMILY.timm.read(module)
+    model = f"{module.pretrained_cfg['architecture']}.{module.pretrained_cfg['tag']}"
+    assert FAMILY.timm.models[name] == model
+
+
+def test_widths_are_rounded_to_eights_and_lose_at_most_a_tenth():
+    widths = {3: 8, 8.8: 8, 11: 16, 12: 16, 35.2: 32, 44: 48}
+    assert {width: _rounded(width) for width in widths} == widths
+
+
+def test_features_have_strides_8_16_and_32(abstract_backbone):
+    backbone = abstract_backbone("efficientnet_b0")
+    assert backbone.feature_layers == ("stages.2.1", "stages.4.2", "stages.6.0")
+    assert backbone.feature_shapes() == ((28, 28, 40), (14, 14, 112), (7, 7, 320))
+
+
+def test_the_classifier_averages_the_target_layer():
+    backbone = load_small(randomise(small()))
+    before, after = backbone.split()
+    state = jax.jit(before)(images(64))
+    assert state[0].shape == (2, 2, 2, 40) and backbone.class_weights is None
+    logits = state[0].mean(axis=(1, 2)) @ backbone.head.kernel[...] + backbone.head.bias[...]
+    np.testing.assert_allclose(after(state), logits, rtol=1e-4, atol=1e-5)
+    classes = jnp.array([3, 1])
+    np.testing.assert_allclose(after(state, classes), logits[:, classes], rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_computes_the_same_function():
+    module, x = randomise(small()), images(64)
+    logits, features = run(load_small(module, dtype="bfloat16"), x)
+    assert {feature.dtype for feature in features} == {jnp.dtype("bfloat16")}
+    for low, exact in zip((logits, *features), outputs(module, SMALL_NODES, x), strict=True):
+        assert np.abs(low - exact).max() < 0.03 * np.abs(exact).max()
+
+
+def test_our_own_file_needs_no_timm(tmp_path, monkeypatch):
+    backbone = load_small(randomise(small()))
+    save_backbone(backbone, tmp_path / "w.safetensors")
+    for library in ("torch", "timm", "torchvision"):
+        monkeypatch.setitem(sys.modules, library, None)
+    again = load_backbone("timm:any", tmp_path / "w.safetensors")
+    assert again.architecture == backbone.architecture
+    for path, value in parameters(backbone).items():
+        np.testing.assert_array_equal(parameters(again)[path], value)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("mobilenetv1_100", "activates the outputs of its blocks"),
+        ("efficientnet_b0_gn", "has GroupNormAct"),
+        ("mixnet_s", "has MixedConv2d"),
+        ("mobilenet_edgetpu_v2_s", "differs in blocks"),
+    ],
+)
+def test_other_blocks_are_refused(model, reason):
+    with pytest.raises(timm_models.UnsupportedModel) as error:
+        timm_models.describe(model)
+    assert any(found.startswith(reason) for found in error.value.reasons)
+
+
+def test_mixed_activations_are_refused():
+    with pytest.raises(ValueError, match="mixes ReLU and SiLU"):
+        timm_models.read(small([["ir_r1_k3_s2_e3_c8"], ["ir_r1_k3_s2_e3_c8_nsw"]]), "timm:any")
+
+
+def test_real_efficientnet_lite_equals_timm(shared):
+    path = shared / "weights" / "tf_efficientnet_lite0.safetensors"
+    module = timm.create("tf_efficientnet_lite0")
+    module.load_state_dict(load_file(path))
+    backbone = load_backbone("tf_efficientnet_lite0", path)
+    check(backbone, module, NODES, read_images(shared, backbone.preprocessing, 2))

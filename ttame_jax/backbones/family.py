@@ -1,0 +1,120 @@
+"""The record of a family: everything that is known of it besides its modules."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .base import Architecture, Backbone
+from .tensors import Table
+
+Call = tuple[str, dict[str, Any]]
+"""A function or model name of a library, and its keyword arguments."""
+
+
+def _no_call(backbone: Backbone) -> Call | None:
+    return None
+
+
+def _no_options(backbone: Backbone) -> dict[str, Any]:
+    return {}
+
+
+def _no_refusals(module: Any) -> Iterator[str]:
+    return iter(())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Library:
+    """A family as a PyTorch library has it. PyTorch itself is not imported here.
+
+    Attributes:
+      models: the library's model of each published architecture, by our name.
+      tensors: the table of tensor names of a backbone.
+      feature_nodes: names of the modules whose outputs are the backbone's feature maps, earliest
+        first.
+      options: keyword arguments besides `num_classes` that the library's constructor needs.
+      build: how the library builds an architecture that has no name there; None if it cannot.
+    """
+
+    models: Mapping[str, str]
+    tensors: Callable[[Backbone], Table]
+    feature_nodes: Callable[[Backbone], list[str]]
+    options: Callable[[Backbone], dict[str, Any]] = _no_options
+    build: Callable[[Backbone], Call | None] = _no_call
+
+
+@dataclass(frozen=True, kw_only=True)
+class Torchvision(Library):
+    """A family in torchvision.
+
+    Attributes:
+      target_node: name of the module whose output is that of the backbone's `target_layer`.
+      renamed: today's key of a tensor that older published files have under another name.
+    """
+
+    target_node: Callable[[Backbone], str]
+    renamed: Callable[[str], str] = str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timm(Library):
+    """A family in timm. `models` are architectures with the tag of timm's default weights.
+
+    Attributes:
+      module: class name of timm's module.
+      files: timm's source files (`timm.models.FILE`) that define models of this class.
+      layers: class names of the layers that an architecture may consist of, besides the layers
+        that all families share.
+      refusals: reasons why a module of this class cannot be built here.
+      read: the architecture of a module, except for its classes and preprocessing.
+      image_size: the input size of a module; None is that of its pretrained configuration.
+    """
+
+    module: str
+    files: tuple[str, ...]
+    layers: frozenset[str]
+    read: Callable[[Any], dict[str, Any]]
+    refusals: Callable[[Any], Iterator[str]] = _no_refusals
+    image_size: Callable[[Any], int | None] = lambda module: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuthorsCode:
+    """A family in the authors' PyTorch code.
+
+    Attributes:
+      nodes: names of the feature maps in the graph that torchvision traces.
+      models: torchvision's names of the models that the code can load; None is all.
+      prefix: what precedes the keys of the attention mechanism in a checkpoint.
+    """
+
+    nodes: Callable[[Backbone], list[str]]
+    models: tuple[str, ...] | None = None
+    prefix: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of classifiers.
+
+    Attributes:
+      backbone: its class.
+      architecture: the class of its architectures.
+      architectures: the architectures that have a name.
+      free: fields that a caller of `load_backbone` may set, by name of the architecture.
+      torchvision, timm, authors: the family in PyTorch; None where it does not exist.
+    """
+
+    backbone: type[Backbone]
+    architecture: type[Architecture]
+    architectures: Mapping[str, Architecture]
+    free: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    torchvision: Torchvision | None = None
+    timm: Timm | None = None
+    authors: AuthorsCode | None = None
+
+    @property
+    def libraries(self) -> dict[str, Library]:
+        """The PyTorch libraries that have the family, by name."""
+        both = {"torchvision": self.torchvision, "timm": self.timm}
+        return {name: library for name, library in both.items() if library is not None}

@@ -1,0 +1,281 @@
+"""Workarounds for single compilers: code that would be plain JAX if XLA, or JAX, had no gaps.
+
+Everything here computes what a standard operation computes, and is written differently only for
+the sake of speed or of a bug on one platform. Each piece says why it exists, which version that was
+seen with and when it can be removed. JAX and jaxlib 0.10 are meant where no version is named.
+
+Nothing here asks for the default backend. Where platforms differ, `jax.lax.platform_dependent`
+chooses when the program is lowered, so a machine without an accelerator can lower (`jax.export`)
+the program that a TPU or GPU runs.
+"""
+
+import os
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
+from math import pi, sqrt
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+"""Zeros added to an image: ((top, bottom), (left, right))."""
+
+CPU_PIXELS = (os.cpu_count() or 1) * 224 * 224
+"""Pixels that a CPU processes at a time: one image of the usual size per core."""
+
+_in_whole_batch = ContextVar("_in_whole_batch", default=False)
+
+
+def in_groups(function: Callable[..., Any], images: jax.Array, *others: jax.Array) -> Any:
+    """Applies a function to a batch, on CPUs a few images at a time.
+
+    Outside of `jax.jit` the whole batch is processed at once on every platform, because a loop
+    would be compiled at every call.
+
+    Args:
+      function: maps arrays [n, ...] like those given, for any n, to a tree of arrays [n, ...].
+      images: [B, H, W, C].
+      others: further arrays [B, ...] with one entry per image.
+
+    Returns:
+      ``function(images, *others)``. On CPUs a group is the largest divisor of B images with at
+      most `CPU_PIXELS` pixels, or a single image.
+    """
+    # The activations of a small group stay in the CPU's caches, which makes a classifier and its
+    # gradient up to a fifth faster. Remove when XLA's CPU compiler tiles the batch itself.
+    batch, height, width = images.shape[:3]
+    most = min(max(CPU_PIXELS // (height * width), 1), batch)
+    size = next(n for n in range(most, 0, -1) if batch % n == 0)
+    # Both branches are traced, so nothing branches that need not: not a group by itself, and not
+    # what is inside of the branch for other platforms.
+    if size == batch or not isinstance(images, jax.core.Tracer) or _in_whole_batch.get():
+        return function(images, *others)
+
+    def whole(*arrays):
+        token = _in_whole_batch.set(True)
+        try:
+            return function(*arrays)
+        finally:
+            _in_whole_batch.reset(token)
+
+    def grouped(*arrays):
+        groups = [x.reshape(-1, size, *x.shape[1:]) for x in arrays]
+        outputs = jax.lax.map(lambda group: function(*group), groups)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+
+    return jax.lax.platform_dependent(images, *others, cpu=grouped, default=whole)
+
+
+def convolve(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding
+) -> jax.Array:
+    """Convolves images [B, H, W, in] with a kernel [h, w, in, out].
+
+    Args:
+      x: the images.
+      kernel: of the same dtype as the images.
+      strides: (vertical, horizontal).
+      padding: ((top, bottom), (left, right)) zeros, as a tuple of tuples.
+
+    Returns:
+      [B, H', W', out], as `jax.lax.conv_general_dilated` gives, with the same gradients.
+    """
+    # XLA's CPU compiler does not recognise a 1x1 convolution as a matrix product, which is a third
+    # faster there and the same on other platforms. Remove when it does.
+    if kernel.shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):
+        x = x[:, :: strides[0], :: strides[1]]
+        return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
+    return _convolve(x, kernel, strides, padding)
+
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+def _plain_convolve(x, kernel, strides, padding):
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
+
+
+_convolve = jax.custom_vjp(_plain_convolve, nondiff_argnums=(2, 3))
+
+
+def _convolve_forward(x, kernel, strides, padding):
+    return _plain_convolve(x, kernel, strides, padding), (x, kernel)
+
+
+def _convolve_backward(strides, padding, residuals, gradient):
+    x, kernel = residuals
+
+    def turned(gradient, x, kernel):
+        return _turned_convolution(gradient, x, kernel, strides, padding)
+
+    def plain(gradient, x, kernel):
+        _, pull = jax.vjp(lambda x: _plain_convolve(x, kernel, strides, padding), x)
+        return pull(gradient)[0]
+
+    of_x = jax.lax.platform_dependent(gradient, x, kernel, cpu=turned, default=plain)
+    _, pull = jax.vjp(lambda kernel: _plain_convolve(x, kernel, strides, padding), kernel)
+    return of_x, *pull(gradient)
+
+
+def _turned_convolution(gradient, x, kernel, strides, padding):
+    """The gradient of x, with the kernel's `in` and `out` swapped beforehand."""
+    # XLA reads the kernel with `in` and `out` swapped in place. Inside of a loop its fast
+    # convolution for CPUs cannot do that, and a slow one runs. Remove when it can.
+    pads = [
+        (length - 1 - before, full - (short - 1) * stride - 1 + before)
+        for length, full, short, stride, (before, _) in zip(
+            kernel.shape, x.shape[1:], gradient.shape[1:], strides, padding
+        )
+    ]
+    return jax.lax.conv_transpose(
+        gradient, kernel, strides, pads, dimension_numbers=NHWC, transpose_kernel=True
+    )
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _plain_max_pool(x, window, stride, padding):
+    return nnx.max_pool(x, (window, window), (stride, stride), (padding, padding))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def max_pool(x: jax.Array, window: int, stride: int, padding: tuple[int, int]) -> jax.Array:
+    """Max-pools [B, H, W, C] with a square window; `padding` is (before, after) of both axes.
+
+    The gradient goes to the first maximum of each window, as in PyTorch and XLA.
+    """
+    return _plain_max_pool(x, window, stride, padding)
+
+
+def _max_pool_forward(x, window, stride, padding):
+    y = _plain_max_pool(x, window, stride, padding)
+    return y, (x, y)
+
+
+def _max_pool_backward(window, stride, padding, residuals, gradient):
+    def by_offset(gradient, x, y):
+        return _max_pool_gradient(gradient, x, y, window, stride, padding)
+
+    def plain(gradient, x, y):
+        _, pull = jax.vjp(lambda x: _plain_max_pool(x, window, stride, padding), x)
+        return pull(gradient)[0]
+
+    return (jax.lax.platform_dependent(gradient, *residuals, cpu=by_offset, default=plain),)
+
+
+def _max_pool_gradient(gradient, x, y, window, stride, padding):
+    """The gradient of x, accumulated over the offsets in the window."""
+    # XLA's own (a select-and-scatter) is several times slower on CPUs, where it would be a quarter
+    # of a training step. Remove when XLA's CPU compiler vectorises it.
+    before, after = padding
+    lowest = jnp.array(-jnp.inf, x.dtype)
+    padded = jax.lax.pad(x, lowest, ((0, 0, 0), (before, after, 0), (before, after, 0), (0, 0, 0)))
+    taken = jnp.zeros(y.shape, bool)
+    total = jnp.zeros(padded.shape, gradient.dtype)
+    for row, column in np.ndindex(window, window):
+        ends = (row + (y.shape[1] - 1) * stride + 1, column + (y.shape[2] - 1) * stride + 1)
+        limits = (len(x), *ends, x.shape[3])
+        values = jax.lax.slice(padded, (0, row, column, 0), limits, (1, stride, stride, 1))
+        hit = (values == y) & ~taken
+        taken |= hit
+        spread = (
+            (0, 0, 0),
+            (row, padded.shape[1] - ends[0], stride - 1),
+            (column, padded.shape[2] - ends[1], stride - 1),
+            (0, 0, 0),
+        )
+        zero = jnp.zeros((), gradient.dtype)
+        total += jax.lax.pad(jnp.where(hit, gradient, zero), zero, spread)
+    height, width = x.shape[1:3]
+    return total[:, before : before + height, before : before + width]
+
+
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+@jax.custom_jvp
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, x times the normal distribution's cumulative function."""
+    # JAX 0.12 fails at the derivative of the error function inside of `jax.shard_map`; here it is
+    # written out. Remove when the supported versions of JAX do not.
+    return nnx.gelu(x, approximate=False)
+
+
+@gelu.defjvp
+def _gelu_jvp(primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    cumulative = 0.5 * jax.lax.erfc(-sqrt(0.5) * x)
+    density = jnp.exp(-0.5 * x * x) / sqrt(2 * pi)
+    return gelu(x), (cumulative + x * density) * tangent
+
+
+def unfused_relu(x: jax.Array) -> jax.Array:
+    """ReLU, for use between fully connected layers after convolutions."""
+    # XLA's CPU compiler fuses a maximum with the layers around it such that all convolutions before
+    # them run twice. It does not fuse a choice. Remove when it fuses neither.
+    return jnp.where(x > 0, x, 0)
+
+
+def attend(qkv: jax.Array) -> jax.Array:
+    """Softmax attention of every head.
+
+    On CUDA GPUs cuDNN computes it, for heads of at most 128 channels, a multiple of 8, in bfloat16
+    or float16. JAX refuses to trace cuDNN's attention on a machine without cuDNN; programs traced
+    there use the plain one on every platform, also when they are lowered for CUDA.
+
+    Args:
+      qkv: queries, keys and values, [B, N, 3, h, d].
+
+    Returns:
+      [B, N, h, d], of the same dtype.
+    """
+    # XLA's GPU compiler writes the [N, N] scores to memory and reads them back, which cuDNN's fused
+    # kernel does not. Remove when `jax.nn.dot_product_attention` chooses it by itself.
+    if _can_use_cudnn(qkv):
+        return jax.lax.platform_dependent(qkv, cuda=_cudnn_attend, default=_plain_attend)
+    return _plain_attend(qkv)
+
+
+def _can_use_cudnn(qkv):
+    width = qkv.shape[-1]
+    if qkv.dtype not in (jnp.bfloat16, jnp.float16) or width % 8 or width > 128:
+        return False
+    try:
+        jax.eval_shape(_cudnn_attend, jax.ShapeDtypeStruct(qkv.shape, qkv.dtype))
+    except (NotImplementedError, RuntimeError):  # no support for this GPU; no cuDNN
+        return False
+    return True
+
+
+def _cudnn_attend(qkv):
+    query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+
+
+def _plain_attend(qkv):
+    # With heads first the matrix products need no further transposes: a seventh faster on CPUs.
+    query, key, value = qkv.transpose(2, 0, 3, 1, 4)
+    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5).astype(qkv.dtype)
+    return (weights @ value).swapaxes(1, 2)
+
+
+def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
+    """Options of `jax.jit` for a data-parallel step over a mesh; None for the defaults.
+
+    On several GPUs the latency-hiding scheduler is enabled. The same option in the environment
+    variable ``XLA_FLAGS`` takes precedence.
+    """
+    # Without it gradients cross GPUs only after all of them are computed. Remove when XLA enables
+    # it by default.
+    option = "xla_gpu_enable_latency_hiding_scheduler"
+    on_gpus = mesh.devices.flat[0].platform == "gpu"
+    if mesh.size == 1 or not on_gpus or option in os.environ.get("XLA_FLAGS", ""):
+        return None
+    return {option: True}

@@ -1,0 +1,78 @@
+"""Evaluations that resume after an interruption."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from ttame_jax.files import write_atomically
+from ttame_jax.metrics.base import Rows
+from ttame_jax.metrics.evaluation import Evaluator
+
+
+class ResumableRows:
+    """Rows of an evaluation, in a file beside its output: a line of settings, then one per image.
+
+    The first of several processes owns the file and tells the others which images are left.
+
+    Args:
+      output: the evaluation's output file.
+      settings: a file with other settings is discarded.
+    """
+
+    def __init__(self, output: Path, settings: Mapping[str, Any]):
+        self.path = output.with_name(output.name + ".partial")
+        self.header = json.dumps({"settings": settings}, default=str)
+
+    def collect(self, evaluator: Evaluator, indices: Sequence[int]) -> tuple[Rows, float]:
+        """Evaluates the images that have no row yet.
+
+        Returns:
+          The rows of all images, sorted by index, and the total time in seconds.
+        """
+        first = jax.process_index() == 0
+        records = self._read() if first else []
+        done = np.isin(indices, [record["index"] for record in records])
+        left = np.asarray(indices)[~multihost_utils.broadcast_one_to_all(done)]
+        bar = tqdm(
+            total=len(indices), initial=len(indices) - len(left), unit="image", disable=not first
+        )
+        start = time.perf_counter()
+        with bar:
+            for rows in evaluator.batches(indices=left) if len(left) else ():
+                seconds, start = time.perf_counter() - start, time.perf_counter()
+                count = len(rows["index"])
+                new = [
+                    {name: values[i].tolist() for name, values in rows.items()}
+                    | {"seconds": seconds / count}
+                    for i in range(count)
+                ]
+                records += new
+                if first:
+                    self._append(new)
+                bar.update(count)
+        records.sort(key=lambda record: record["index"])
+        rows = {name: np.array([record[name] for record in records]) for name in records[0]}
+        return rows, float(rows.pop("seconds").sum())
+
+    def remove(self) -> None:
+        """Deletes the file, once the output is written."""
+        self.path.unlink()
+
+    def _append(self, records: Sequence[dict]) -> None:
+        with self.path.open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+    def _read(self) -> list[dict]:
+        """Returns the complete lines of a file with these settings; otherwise starts a new file."""
+        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
+        if not lines or lines[0] != self.header:
+            lines = [self.header]
+        write_atomically(self.path, "".join(line + "\n" for line in lines))
+        return [json.loads(line) for line in lines[1:]]

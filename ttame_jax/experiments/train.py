@@ -1,0 +1,45 @@
+"""`ttame train`: trains an attention mechanism and validates it by AD and IC."""
+
+from flax import nnx
+
+from ttame_jax.config import TrainConfig
+from ttame_jax.data import load_source, select
+from ttame_jax.methods import TTAME
+from ttame_jax.metrics.evaluation import Evaluator
+from ttame_jax.training.loop import Trainer, Validate
+from ttame_jax.training.step import TrainState
+
+
+def train(config: TrainConfig) -> None:
+    """Trains an attention mechanism, or resumes the run in ``config.output``.
+
+    Raises:
+      ValueError: the folder holds a run of another configuration, or the batch does not divide
+        over the devices.
+      FileNotFoundError: weights or images are missing; the message tells how to get them.
+    """
+    trainer = Trainer(config)
+    trainer.train(make_validate(trainer))
+
+
+def make_validate(trainer: Trainer) -> Validate | None:
+    """The validation that the run's configuration asks for; None if it disables validation."""
+    config = trainer.config
+    if not config.validation_images:
+        return None
+    source = load_source(config.dataset, config.validation_split, config.data_dir)
+    evaluator = Evaluator(
+        TTAME(trainer.backbone, trainer.attention),
+        source,
+        masking=trainer.masking,
+        indices=select(source, config.validation_list, config.validation_images),
+        batch_size=config.batch_size,
+    )
+
+    def validate(state: TrainState) -> dict[str, float]:
+        attention = nnx.merge_state(state.params, state.batch_stats)
+        return evaluator.figures(
+            nnx.State({"backbone": trainer.backbone_state, "attention": attention})
+        )
+
+    return validate

@@ -1,0 +1,193 @@
+"""Builds backbones by name and fills them with weights."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from ttame_jax.backbones import FAMILIES, Architecture, Backbone, Family, family_of
+from ttame_jax.convert.pytorch import checkpoints, timm, torchvision
+from ttame_jax.files import read_safetensors, write_safetensors
+from ttame_jax.preprocessing import Preprocessing
+
+from . import timm_models, transfer
+
+FORMAT = "ttame_jax"  # names our own layout in a safetensors file's metadata
+
+TIMM = "timm:"
+"""Prefix of the name of a model whose architecture timm defines."""
+
+_FAMILIES = {name: family for family in FAMILIES for name in family.architectures}
+
+
+def list_backbones() -> list[str]:
+    """All names that `load_backbone` knows, besides "timm:MODEL"."""
+    return list(_FAMILIES)
+
+
+def load_backbone(
+    name: str, weights: str | Path | None = None, *, seed: int = 0, **config: Any
+) -> Backbone:
+    """Loads a frozen classifier.
+
+    Args:
+      name: one of `list_backbones()`, or "timm:MODEL" for a model of timm's in one of our
+        families. timm then provides the architecture, unless `weights` is a file that
+        `save_backbone` wrote.
+      weights: a file (`.safetensors`, `.pth`, `.pt` or `.ckpt`, in torchvision's, timm's or our own
+        layout); "torchvision" (its IMAGENET1K_V1 weights); "timm" (its default weights) or
+        "timm:MODEL"; None for random initialisation from `seed`.
+      seed: of the random initialisation.
+      **config: num_classes, image_size, dtype (of the computation and the feature maps, e.g.
+        "bfloat16"), preprocessing; features ("pool" or "conv" for VGG, "block" or "norm" for ViT);
+        for "vit" also patch_size, width, depth and num_heads. None is the default: what the
+        source of the weights says, or else the architecture's own.
+
+    Raises:
+      ValueError: unknown name or option, or weights that do not fit; the message says which.
+      FileNotFoundError: weights that do not exist or cannot be downloaded.
+      ImportError: weights that need PyTorch, where it is not installed.
+    """
+    if not name.startswith(TIMM) and name not in _FAMILIES:
+        known = ", ".join(_FAMILIES)
+        raise ValueError(f"unknown backbone {name!r}; there are {known}, and timm:MODEL")
+    config = {key: value for key, value in config.items() if value is not None}
+    if weights is None:
+        return _build(name, seed, _described(name, config) | config)
+    path, described = _locate(name, weights)
+    tensors, metadata = read_safetensors(path)
+    if metadata.get("format") == FORMAT:
+        if metadata["name"] != name:
+            raise ValueError(f"{weights} holds a {metadata['name']}, not a {name}")
+        described = json.loads(metadata["config"])
+    else:
+        described = _described(name, config) | described
+    abstract = nnx.eval_shape(lambda: _build(name, seed, described | config))
+    return transfer.fill(abstract, transfer.to_flax(abstract, tensors, str(weights)))
+
+
+def save_backbone(backbone: Backbone, path: str | Path) -> None:
+    """Writes a backbone as safetensors in our own layout, to be read by `load_backbone`.
+
+    The tensors are the parameters by dotted path. The metadata holds the name and the configuration.
+    """
+    metadata = {
+        "format": FORMAT,
+        "name": backbone.name,
+        "config": json.dumps(_config(backbone)),
+    }
+    tensors = {key: np.asarray(value) for key, value in transfer.parameters(backbone).items()}
+    write_safetensors(Path(path), tensors, metadata)
+
+
+def _config(backbone: Backbone) -> dict[str, Any]:
+    """What `load_backbone` needs besides the name to build the backbone again, as JSON."""
+    family, fields = family_of(backbone), asdict(backbone.architecture)
+    config = {
+        "num_classes": fields.pop("num_classes"),
+        "preprocessing": fields.pop("preprocessing"),
+    }
+    if backbone.name.startswith(TIMM):
+        config["architecture"] = {"family": family.backbone.__name__, **fields}
+    for field in family.free.get(backbone.name, ()):
+        config[field] = fields[field]
+    return config
+
+
+def _described(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration that timm gives one of its models."""
+    if not name.startswith(TIMM) or "architecture" in config:
+        return {}
+    return timm_models.describe(name.removeprefix(TIMM), config.get("num_classes"))
+
+
+def _build(name: str, seed: int, config: Mapping[str, Any]) -> Backbone:
+    fields = {key: _hashable(value) for key, value in config.items()}
+    family, architecture = _architecture(name, fields)
+    _check_options(name, family, fields)
+    size = fields.pop("image_size", None)
+    module = {key: fields.pop(key) for key in ("features", "dtype") if key in fields}
+    architecture = replace(architecture, **fields)
+    if size is not None and size != architecture.preprocessing.image_size:
+        preprocessing = architecture.preprocessing.resized(size)
+        architecture = replace(architecture, preprocessing=preprocessing)
+    return family.backbone(name, architecture, rngs=nnx.Rngs(seed), **module)
+
+
+def _architecture(name: str, fields: dict[str, Any]) -> tuple[Family, Architecture]:
+    """The named architecture, or the one that the configuration describes (and loses)."""
+    if isinstance(preprocessing := fields.get("preprocessing"), Mapping):
+        values = {key: _hashable(value) for key, value in preprocessing.items()}
+        fields["preprocessing"] = Preprocessing(**values)
+    if not name.startswith(TIMM):
+        return _FAMILIES[name], _FAMILIES[name].architectures[name]
+    described = {key: _hashable(value) for key, value in fields.pop("architecture").items()}
+    wanted = described.pop("family")
+    family = next(family for family in FAMILIES if family.backbone.__name__ == wanted)
+    return family, family.architecture(**described)
+
+
+def _check_options(name: str, family: Family, fields: Mapping[str, Any]) -> None:
+    free = set(family.free.get(name, ()))
+    options = {"num_classes", "preprocessing", "image_size", "dtype"} | free
+    if family.backbone.feature_kinds:
+        options.add("features")
+    if name.startswith(TIMM):
+        options.add("architecture")
+    for other, settable in family.free.items():
+        if fixed := [field for field in settable if field in fields and field not in free]:
+            raise ValueError(f"{name} has a fixed {', '.join(fixed)}; use the free {other!r}")
+    if unknown := fields.keys() - options:
+        raise ValueError(
+            f"{name} has no option {', '.join(sorted(unknown))}; it has {', '.join(sorted(options))}"
+        )
+
+
+def _hashable(value: Any) -> Any:
+    """JSON's lists as tuples, as static attributes of a module have to be."""
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+
+
+def _locate(name: str, weights: str | Path) -> tuple[Path, dict[str, Any]]:
+    """A local safetensors file, and the configuration that its source describes."""
+    if weights == "torchvision":
+        return torchvision.weights(_published(name, "torchvision")), {}
+    source, _, model = str(weights).partition(":")
+    if source == "timm":
+        own = name.removeprefix(TIMM) if name.startswith(TIMM) else _published(name, "timm")
+        return timm.weights(model or own)
+    path = Path(weights)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no weights file {path}; weights are a file, torchvision, timm or timm:MODEL"
+        )
+    if path.suffix == ".safetensors":
+        return path, {}
+    if path.suffix in (".pth", ".pt", ".ckpt"):
+        return checkpoints.converted(path), {}
+    raise ValueError(
+        f"{path} is not a weights file: the formats are .safetensors, .pth, .pt and .ckpt"
+    )
+
+
+def published(library: str) -> dict[str, str]:
+    """A library's model of each backbone, by the backbone's name."""
+    return {
+        name: model
+        for family in FAMILIES
+        if library in family.libraries
+        for name, model in family.libraries[library].models.items()
+    }
+
+
+def _published(name: str, library: str) -> str:
+    models = published(library)
+    if name not in models:
+        raise ValueError(
+            f"{library} has no weights for {name}; it has them for {', '.join(models)}"
+        )
+    return models[name]
