@@ -1,24 +1,41 @@
 PYTHON ?= python3
 VENV := .venv
-STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
 
-.PHONY: demo test test-lowest bench clean
+.PHONY: demo check test test-lowest bench clean
 
-demo: $(STAMP)
-	$(VENV)/bin/ttame demo --output demo
+demo: $(VENV)/.demo
+	$(BIN)/ttame demo --output demo
 
-test: $(STAMP)
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/pytest
+# Fast checks to run between edits: format, lint, types, the import contract, quick tests.
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports
+	$(BIN)/pytest -m quick
 
-# Reinstalls only when the dependencies change.
-$(STAMP): pyproject.toml
+test: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+# The demo needs neither PyTorch nor TensorFlow.
+$(VENV)/.demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --editable '.[demo]'
 	touch $@
 
-# The oldest versions that pyproject.toml allows, without PyTorch and TensorFlow: what trains,
-# explains and measures.
+# Reinstalls only when the dependencies change.
+$(VENV)/.dev: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@ $(VENV)/.demo
+
+# The oldest versions that pyproject.toml allows, without PyTorch and TensorFlow: training,
+# explaining and evaluating.
 test-lowest:
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/pip install --quiet uv
@@ -30,8 +47,8 @@ test-lowest:
 
 # Speed on this machine, written to docs/benchmarks.md; DEVICE=cuda or tpu for another device.
 DEVICE ?= cpu
-bench: $(STAMP)
-	$(VENV)/bin/python benchmarks/report.py --device $(DEVICE)
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/report.py --device $(DEVICE)
 
 clean:
 	rm -rf $(VENV) .venv-lowest demo

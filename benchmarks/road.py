@@ -28,7 +28,7 @@ from ttame_jax.convert.pytorch.torch_import import import_torchvision
 from ttame_jax.metrics.imputation import noisy_linear_imputation, relative_residual
 from ttame_jax.metrics.road import PROTOCOLS, remove_first
 from ttame_jax.metrics.selection import pixel_count, relevance_rank
-from ttame_jax.preprocessing import Preprocessing
+from ttame_jax.preprocessing import Preprocessing, to_float
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def load_images(options: Options) -> np.ndarray:
     pictures = []
     for picture in originals(options.images):
         fitted = ImageOps.fit(picture.convert("RGB"), (options.image_size, options.image_size))
-        pictures.append(np.asarray(fitted, np.float32) / 255)
+        pictures.append(to_float(np.asarray(fitted)))
         if len(pictures) == options.limit:
             break
     if not pictures:

@@ -135,5 +135,6 @@ _SUBCOMMANDS = tuple(
 )
 
 
+# pyrefly: ignore[not-a-type]  # a type that is computed from the table above
 def convert(command: Annotated[Union[_SUBCOMMANDS], tyro.conf.arg(name="")]) -> None:  # noqa: UP007
     """Convert weights and runs between PyTorch and this project, in both directions."""

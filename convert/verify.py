@@ -59,7 +59,7 @@ def verify(
         yield f"{name:<12}" + "  ".join(f"{what} {value:.1e}" for what, value in found.items())
         above = {what: value for what, value in found.items() if not value <= tolerance}
         if above:
-            worst = max(above, key=above.get)
+            worst = max(above, key=above.__getitem__)
             raise ValueError(
                 f"{target} differs from {name}: {worst} by {above[worst]:.1e}, "
                 f"above the tolerance of {tolerance:g}"

@@ -191,14 +191,17 @@ def test_a_list_chooses_images_by_name(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["explain", "cat.jpg", "--run", "nowhere", "--output", "out"], "nowhere is no run"),
+        (["explain", "cat.jpg", "--run", "nowhere", "--output", "out"], "nowhere is not a run"),
         (["explain", "--run", "nowhere", "--output", "out"], "no image given"),
         (["train", "--backbone", "vgg99", "--output", "out"], "vgg99"),
         (["train", "--backbone", "vit", "--output", "out", "--epochs", "0"], "epochs"),
-        (["evaluate", "--run", "nowhere", "--output", "out.json"], "nowhere is no run"),
+        (["evaluate", "--run", "nowhere", "--output", "out.json"], "nowhere is not a run"),
         (["evaluate", "--run", "r", "--output", "o", "--limit", "0"], "--limit must be at least 1"),
-        (["evaluate", "--run", "r", "--output", "o", "--measures", "ad,roc"], "measure roc; there"),
-        (["compare", "--run", "nowhere", "--output", "out"], "nowhere is no run"),
+        (
+            ["evaluate", "--run", "r", "--output", "o", "--measures", "ad,roc"],
+            "unknown metric 'roc'; available",
+        ),
+        (["compare", "--run", "nowhere", "--output", "out"], "nowhere is not a run"),
         (["compare", "--output", "out", "--run"], "no run given"),
     ],
 )

@@ -190,6 +190,7 @@ class AttentionMechanism(nnx.Module):
         if self.branches:
             maps = [branch(m, train, axis_name) for branch, m in zip(self.branches, maps)]
 
+        # pyrefly: ignore[unsupported-operation]  # the bias, which is optional in Flax
         kernel, bias = self.fusion.kernel[...], self.fusion.bias[...]  # [sum C, Cls], [Cls]
         if classes is not None:
             kernel, bias = kernel[:, classes], bias[classes]
@@ -231,4 +232,5 @@ class AttentionMechanism(nnx.Module):
         last = class_weights * (_START_NORM / norm)
         earlier = sum(self.channels[:-1])
         self.fusion.kernel[...] = jnp.pad(last, ((earlier, 0), (0, 0)))
+        # pyrefly: ignore[unsupported-operation]  # the bias, which is optional in Flax
         self.fusion.bias[...] = jnp.zeros_like(self.fusion.bias[...])

@@ -1,12 +1,13 @@
-"""Workarounds for single compilers: code that would be plain JAX if XLA, or JAX, had no gaps.
+"""Operations that are written in a special way because of one compiler.
 
-Everything here computes what a standard operation computes, and is written differently only for
-the sake of speed or of a bug on one platform. Each piece says why it exists, which version that was
-seen with and when it can be removed. JAX and jaxlib 0.10 are meant where no version is named.
+Each function computes a standard operation. It differs from the obvious implementation only because
+XLA or JAX is slow or fails there on some platform. The comment in each one gives the reason and the
+condition under which it can be removed. The observations were made with JAX and jaxlib 0.10 unless
+the comment names another version.
 
-Nothing here asks for the default backend. Where platforms differ, `jax.lax.platform_dependent`
-chooses when the program is lowered, so a machine without an accelerator can lower (`jax.export`)
-the program that a TPU or GPU runs.
+Implementations are chosen when a program is lowered (`jax.lax.platform_dependent`) or by the
+devices of a mesh, never by the default backend. A machine without an accelerator can therefore
+lower programs for TPUs and GPUs with `jax.export`.
 """
 
 import os
@@ -34,7 +35,7 @@ _in_whole_batch = ContextVar("_in_whole_batch", default=False)
 def in_groups(function: Callable[..., Any], images: jax.Array, *others: jax.Array) -> Any:
     """Applies a function to a batch, on CPUs a few images at a time.
 
-    Outside of `jax.jit` the whole batch is processed at once on every platform, because a loop
+    Outside `jax.jit` the whole batch is processed at once on every platform, because a loop
     would be compiled at every call.
 
     Args:
@@ -51,8 +52,8 @@ def in_groups(function: Callable[..., Any], images: jax.Array, *others: jax.Arra
     batch, height, width = images.shape[:3]
     most = min(max(CPU_PIXELS // (height * width), 1), batch)
     size = next(n for n in range(most, 0, -1) if batch % n == 0)
-    # Both branches are traced, so nothing branches that need not: not a group by itself, and not
-    # what is inside of the branch for other platforms.
+    # Both branches are traced, which takes time. There is no choice to make for a single group, nor
+    # for a nested call inside the branch for the other platforms.
     if size == batch or not isinstance(images, jax.core.Tracer) or _in_whole_batch.get():
         return function(images, *others)
 
@@ -78,15 +79,15 @@ def convolve(
 
     Args:
       x: the images.
-      kernel: of the same dtype as the images.
-      strides: (vertical, horizontal).
-      padding: ((top, bottom), (left, right)) zeros, as a tuple of tuples.
+      kernel: the weights, of the same dtype as the images.
+      strides: (vertical, horizontal), in pixels.
+      padding: numbers of zeros, ((top, bottom), (left, right)). Must be hashable.
 
     Returns:
-      [B, H', W', out], as `jax.lax.conv_general_dilated` gives, with the same gradients.
+      [B, H', W', out]. The values and gradients are those of `jax.lax.conv_general_dilated`.
     """
     # XLA's CPU compiler does not recognise a 1x1 convolution as a matrix product, which is a third
-    # faster there and the same on other platforms. Remove when it does.
+    # faster. Remove when it does.
     if kernel.shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):
         x = x[:, :: strides[0], :: strides[1]]
         return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
@@ -124,8 +125,8 @@ def _convolve_backward(strides, padding, residuals, gradient):
 
 def _turned_convolution(gradient, x, kernel, strides, padding):
     """The gradient of x, with the kernel's `in` and `out` swapped beforehand."""
-    # XLA reads the kernel with `in` and `out` swapped in place. Inside of a loop its fast
-    # convolution for CPUs cannot do that, and a slow one runs. Remove when it can.
+    # JAX's gradient leaves the swap to XLA's dimension numbers. Inside a loop XLA's fast CPU
+    # convolution does not support those and a slow one runs. Remove when it does.
     pads = [
         (length - 1 - before, full - (short - 1) * stride - 1 + before)
         for length, full, short, stride, (before, _) in zip(
@@ -138,6 +139,81 @@ def _turned_convolution(gradient, x, kernel, strides, padding):
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def depthwise_convolve(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding
+) -> jax.Array:
+    """Convolves each channel of images [B, H, W, C] with its own kernel, [h, w, 1, C].
+
+    Arguments and result are those of `convolve`, with as many output as input channels.
+    """
+    return _depthwise(x, kernel, strides, padding)
+
+
+def _plain_depthwise(x, kernel, strides, padding):
+    return jax.lax.conv_general_dilated(
+        x, kernel, strides, padding, dimension_numbers=NHWC, feature_group_count=x.shape[-1]
+    )
+
+
+def _shifted_products(x, kernel, strides):
+    """A depthwise convolution without padding, as a sum of products over the kernel's offsets."""
+    # XLA's CPU compiler has no fast path for depthwise convolutions: this is up to 50 times faster,
+    # and 3 to 50 times in the gradient of x. Remove when it has one.
+    height, width = kernel.shape[:2]
+    rows, columns = ((n - k) // s for n, k, s in zip(x.shape[1:3], kernel.shape, strides))
+    return sum(
+        x[
+            :,
+            i : i + rows * strides[0] + 1 : strides[0],
+            j : j + columns * strides[1] + 1 : strides[1],
+        ]
+        * kernel[i, j, 0]
+        for i, j in np.ndindex(height, width)
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _depthwise(x, kernel, strides, padding):
+    def shifted(x, kernel):
+        return _shifted_products(jnp.pad(x, ((0, 0), *padding, (0, 0))), kernel, strides)
+
+    def plain(x, kernel):
+        return _plain_depthwise(x, kernel, strides, padding)
+
+    return jax.lax.platform_dependent(x, kernel, cpu=shifted, default=plain)
+
+
+def _depthwise_forward(x, kernel, strides, padding):
+    return _depthwise(x, kernel, strides, padding), (x, kernel)
+
+
+def _depthwise_backward(strides, padding, residuals, gradient):
+    x, kernel = residuals
+
+    def shifted(gradient, x, kernel):
+        # The transpose: the gradient, spread by the strides, with the kernel turned around.
+        pads = [
+            (k - 1 - before, full - (short - 1) * stride - 1 + before, stride - 1)
+            for k, full, short, stride, (before, _) in zip(
+                kernel.shape, x.shape[1:], gradient.shape[1:], strides, padding
+            )
+        ]
+        zero = jnp.zeros((), gradient.dtype)
+        spread = jax.lax.pad(gradient, zero, ((0, 0, 0), *pads, (0, 0, 0)))
+        return _shifted_products(spread, kernel[::-1, ::-1], (1, 1))
+
+    def plain(gradient, x, kernel):
+        _, pull = jax.vjp(lambda x: _plain_depthwise(x, kernel, strides, padding), x)
+        return pull(gradient)[0]
+
+    of_x = jax.lax.platform_dependent(gradient, x, kernel, cpu=shifted, default=plain)
+    _, pull = jax.vjp(lambda kernel: _plain_depthwise(x, kernel, strides, padding), kernel)
+    return of_x, *pull(gradient)
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 def _plain_max_pool(x, window, stride, padding):
@@ -171,8 +247,8 @@ def _max_pool_backward(window, stride, padding, residuals, gradient):
 
 def _max_pool_gradient(gradient, x, y, window, stride, padding):
     """The gradient of x, accumulated over the offsets in the window."""
-    # XLA's own (a select-and-scatter) is several times slower on CPUs, where it would be a quarter
-    # of a training step. Remove when XLA's CPU compiler vectorises it.
+    # XLA's gradient, a select-and-scatter, is several times slower on CPUs, where it would take a
+    # quarter of a training step. Remove when XLA's CPU compiler vectorises it.
     before, after = padding
     lowest = jnp.array(-jnp.inf, x.dtype)
     padded = jax.lax.pad(x, lowest, ((0, 0, 0), (before, after, 0), (before, after, 0), (0, 0, 0)))
@@ -201,9 +277,9 @@ max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 @jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, x times the normal distribution's cumulative function."""
-    # JAX 0.12 fails at the derivative of the error function inside of `jax.shard_map`; here it is
-    # written out. Remove when the supported versions of JAX do not.
+    """The exact GELU, x times the standard normal distribution function, of any shape."""
+    # The derivative is written out because JAX 0.12 fails to differentiate the error function inside
+    # `jax.shard_map`. Remove when no supported version of JAX fails.
     return nnx.gelu(x, approximate=False)
 
 
@@ -216,18 +292,18 @@ def _gelu_jvp(primals, tangents):
 
 
 def unfused_relu(x: jax.Array) -> jax.Array:
-    """ReLU, for use between fully connected layers after convolutions."""
+    """ReLU for the fully connected layers after convolutions, of any shape."""
     # XLA's CPU compiler fuses a maximum with the layers around it such that all convolutions before
-    # them run twice. It does not fuse a choice. Remove when it fuses neither.
+    # them run twice. It does not do so with a select. Remove when it no longer does with a maximum.
     return jnp.where(x > 0, x, 0)
 
 
 def attend(qkv: jax.Array) -> jax.Array:
     """Softmax attention of every head.
 
-    On CUDA GPUs cuDNN computes it, for heads of at most 128 channels, a multiple of 8, in bfloat16
-    or float16. JAX refuses to trace cuDNN's attention on a machine without cuDNN; programs traced
-    there use the plain one on every platform, also when they are lowered for CUDA.
+    On CUDA GPUs cuDNN computes it if the dtype is bfloat16 or float16 and d is a multiple of 8 and
+    at most 128. JAX cannot trace cuDNN's attention on a machine without cuDNN: a program traced
+    there uses the plain implementation on every platform, even when it is lowered for CUDA.
 
     Args:
       qkv: queries, keys and values, [B, N, 3, h, d].
@@ -235,8 +311,8 @@ def attend(qkv: jax.Array) -> jax.Array:
     Returns:
       [B, N, h, d], of the same dtype.
     """
-    # XLA's GPU compiler writes the [N, N] scores to memory and reads them back, which cuDNN's fused
-    # kernel does not. Remove when `jax.nn.dot_product_attention` chooses it by itself.
+    # XLA's GPU compiler writes the [N, N] scores to memory and reads them back, cuDNN's fused kernel
+    # does not. Remove when `jax.nn.dot_product_attention` selects cuDNN by default.
     if _can_use_cudnn(qkv):
         return jax.lax.platform_dependent(qkv, cuda=_cudnn_attend, default=_plain_attend)
     return _plain_attend(qkv)
@@ -248,7 +324,7 @@ def _can_use_cudnn(qkv):
         return False
     try:
         jax.eval_shape(_cudnn_attend, jax.ShapeDtypeStruct(qkv.shape, qkv.dtype))
-    except (NotImplementedError, RuntimeError):  # no support for this GPU; no cuDNN
+    except (NotImplementedError, RuntimeError):  # unsupported GPU, or no cuDNN
         return False
     return True
 
@@ -272,8 +348,8 @@ def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
     On several GPUs the latency-hiding scheduler is enabled. The same option in the environment
     variable ``XLA_FLAGS`` takes precedence.
     """
-    # Without it gradients cross GPUs only after all of them are computed. Remove when XLA enables
-    # it by default.
+    # Without it the all-reduce of gradients does not overlap with their computation. Remove when XLA
+    # enables it by default.
     option = "xla_gpu_enable_latency_hiding_scheduler"
     on_gpus = mesh.devices.flat[0].platform == "gpu"
     if mesh.size == 1 or not on_gpus or option in os.environ.get("XLA_FLAGS", ""):

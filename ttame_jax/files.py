@@ -24,7 +24,7 @@ def in_bucket(path: PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
-def absolute(path: PathLike) -> Path:
+def absolute(path: PathLike) -> epath.Path:
     """The absolute path. The address of an object is absolute already."""
     path = epath.Path(path)
     return path if in_bucket(path) else path.resolve()
@@ -42,6 +42,7 @@ def write_atomically(path: PathLike, content: str | bytes) -> None:
 def save_arrays(path: PathLike, **arrays: np.ndarray) -> None:
     """Writes arrays as a compressed .npz file."""
     buffer = io.BytesIO()
+    # pyrefly: ignore[bad-argument-type]  # an array may have the name of an option
     np.savez_compressed(buffer, **arrays)
     write_atomically(path, buffer.getvalue())
 

@@ -17,7 +17,7 @@ def min_max_scale(maps: jax.Array) -> jax.Array:
     return jnp.where(span > 0, (maps - low) / jnp.where(span > 0, span, 1), 0)
 
 
-def upsample(maps: jax.Array, size: tuple[int, int]) -> jax.Array:
+def upsample(maps: jax.Array, size: tuple[int, ...]) -> jax.Array:
     """Resizes maps ``[..., h, w]`` to ``[..., *size]``, bilinear with half-pixel centres.
 
     Equal to PyTorch's ``interpolate(mode="bilinear", align_corners=False)`` as long as no side

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
@@ -33,7 +34,7 @@ def line_style(i: int) -> dict[str, str]:
 
 def heatmap(explanation_map: jax.typing.ArrayLike, size: tuple[int, int]) -> np.ndarray:
     """A map ``[h, w]`` in [0, 1] as colours: uint8 ``[*size, 3]``, blue (0) to red (1)."""
-    values = np.asarray(upsample(np.asarray(explanation_map, np.float32), size))
+    values = np.asarray(upsample(jnp.asarray(explanation_map, jnp.float32), size))
     return matplotlib.colormaps[COLOUR_MAP](values, bytes=True)[..., :3]
 
 
@@ -63,7 +64,7 @@ def explanation_grid(
 ) -> Figure:
     """Images ``[N, H, W, 3]`` uint8 in columns, above one row per method with its maps ``[N, h, w]``
     over the images (the paper's Fig. 15)."""
-    rows = {"image": images}
+    rows: dict[str, Sequence[np.ndarray] | np.ndarray] = {"image": images}
     for name, of_images in maps.items():
         rows[name] = [overlay(image, one) for image, one in zip(images, of_images)]
     size = (1.5 * len(images) + 0.4, 1.5 * len(rows) + 0.3)

@@ -16,6 +16,7 @@ Images = TypeVar("Images", np.ndarray, jax.Array)
 
 def to_float(images: Images) -> Images:
     """Converts uint8 images of any shape to float32 in [0, 1]."""
+    # pyrefly: ignore[bad-return]  # NumPy's stub widens the dtype of the quotient
     return images.astype(np.float32) / np.float32(255)
 
 

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,11 +100,9 @@ def load_config(run_dir: str | Path) -> TrainConfig:
 
 def build_backbone(config: TrainConfig) -> Backbone:
     """The frozen classifier of a run."""
+    options: dict[str, Any] = config.backbone_config
     return load_backbone(
-        config.backbone,
-        config.weights,
-        dtype=jnp.dtype(config.precision),
-        **config.backbone_config,
+        config.backbone, config.weights, dtype=jnp.dtype(config.precision), **options
     )
 
 

@@ -17,6 +17,7 @@ def use_compilation_cache() -> None:
     The folder is ``$XDG_CACHE_HOME/ttame_jax`` (``~/.cache/ttame_jax``). JAX's own environment
     variables ``JAX_COMPILATION_CACHE_DIR`` and ``JAX_ENABLE_COMPILATION_CACHE`` take precedence.
     """
+    # pyrefly: ignore[missing-attribute]  # JAX's stubs do not list its options
     if jax.config.jax_compilation_cache_dir is None:
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(root) / "ttame_jax"))

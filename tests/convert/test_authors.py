@@ -330,7 +330,7 @@ def test_a_truncated_checkpoint_is_refused(written, tmp_path):
 
 def test_a_folder_that_is_there_is_left_alone(written, tmp_path):
     (tmp_path / "run").mkdir()
-    with pytest.raises(ValueError, match="run is there already: choose another folder"):
+    with pytest.raises(ValueError, match="run exists already: choose another folder"):
         from_reference(written(), tmp_path / "run")
 
 

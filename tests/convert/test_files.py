@@ -175,7 +175,8 @@ def test_what_is_no_weights_file_is_refused(tmp_path):
         load_backbone("digits_cnn", "nowhere.pth")
     (tmp_path / "w.npz").touch()
     with pytest.raises(
-        ValueError, match="w.npz is no weights file: .safetensors, .pth, .pt and .ckpt"
+        ValueError,
+        match="w.npz is not a weights file: the formats are .safetensors, .pth, .pt and .ckpt",
     ):
         load_backbone("digits_cnn", tmp_path / "w.npz")
 

@@ -13,8 +13,8 @@ from ttame_jax.cli import main
 from ttame_jax.config import TrainConfig
 from ttame_jax.experiments import lr_find as module
 from ttame_jax.experiments.lr_find import Grid, Point, draw, lr_find, markdown
+from ttame_jax.metrics import Evaluator
 from ttame_jax.runs import build_attention, build_backbone, load_attention, load_config
-from ttame_jax.training.loop import Run
 
 RATES = (0.01, 10.0)
 FILES = {f"lr_find.{end}" for end in ("md", "csv", "png", "svg")}
@@ -115,7 +115,7 @@ def test_a_run_that_was_measured_but_not_saved_is_not_finished(finished, tmp_pat
 
 def test_a_finished_run_of_other_settings_is_refused(finished, trained):
     config, _ = finished
-    with pytest.raises(ValueError, match="rate_0.01 holds a run of other settings .--seed was 0"):
+    with pytest.raises(ValueError, match="rate_0.01 holds a run with other settings .--seed was 0"):
         lr_find(dataclasses.replace(config, seed=1), Grid(RATES))
 
 
@@ -132,18 +132,18 @@ def test_sigterm_stops_the_search_and_the_same_command_resumes_it(
 ):
     whole, _ = finished
     config = settings(pictures, tmp_path)
-    measure = Run._measure
+    figures = Evaluator.figures
 
     def preempted(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
-        return measure(*arguments)
+        return figures(*arguments)
 
-    monkeypatch.setattr(Run, "_measure", preempted)
+    monkeypatch.setattr(Evaluator, "figures", preempted)
     assert lr_find(config, Grid(RATES)) is None
     said = capfd.readouterr().err
     assert "run 1 of 2: --learning-rate 0.01" in said and "run 2 of 2" not in said
     assert "stopped: the same command resumes the search" in said
-    monkeypatch.setattr(Run, "_measure", measure)
+    monkeypatch.setattr(Evaluator, "figures", figures)
     lr_find(config, Grid(RATES[:1]))
     assert "resuming after step" in capfd.readouterr().err
     again, once = (measured(output / "rate_0.01") for output in (tmp_path, whole.output))

@@ -8,7 +8,7 @@ from tiny import TINY
 from ttame_jax import AttentionMechanism, load_backbone
 from ttame_jax.data import evaluation_batches, load_source
 from ttame_jax.masking import upsample
-from ttame_jax.methods import TTAME
+from ttame_jax.methods import TTAME, compute_maps
 from ttame_jax.metrics import evaluation
 from ttame_jax.metrics.evaluation import Evaluator, intervals, summarise
 from ttame_jax.preprocessing import to_float
@@ -110,9 +110,7 @@ def test_pointing_and_energy_read_the_boxes_of_their_own_images():
     method = TTAME(backbone, AttentionMechanism([64] * 3, 10, rngs=nnx.Rngs(0)))
     rows = Evaluator(method, digits, metrics=("pointing", "energy"), batch_size=8)()
     (batch,) = evaluation_batches(digits, backbone.preprocessing, 12)
-    maps = nnx.jit(type(method).__call__)(method, to_float(batch["image"]), rows["class"][:, None])[
-        :, 0
-    ]
+    maps = compute_maps(method, to_float(batch["image"]), rows["class"][:, None])[:, 0]
     maps = np.asarray(upsample(maps, (64, 64)))
     for i in range(12):
         (box,) = digits[i]["boxes"]

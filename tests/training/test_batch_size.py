@@ -13,15 +13,16 @@ from jax.sharding import PartitionSpec as P
 from launch import Launcher, fellows, train_command
 from tiny import TINY
 
+from ttame_jax import cli
 from ttame_jax.cli import main
 from ttame_jax.config import TrainConfig, command
 from ttame_jax.experiments.train import train
 from ttame_jax.losses import LossConfig
 from ttame_jax.mesh import AXIS, data_mesh
 from ttame_jax.runs import load_config
-from ttame_jax.training import batch_size, loop
+from ttame_jax.training import batch_size
 from ttame_jax.training.batch_size import largest_batch, usable_memory
-from ttame_jax.training.loop import Run
+from ttame_jax.training.loop import Trainer
 
 FLOATS = 1000  # of an image in the programs below
 
@@ -74,7 +75,7 @@ BYTES = 2 * 4 * FLOATS / 8  # of an image on a device: in and out
 def test_the_largest_batch_that_fits_is_taken(memory, images, expected, monkeypatch, capfd):
     give(monkeypatch, memory)
     assert largest_batch(compiler(lambda x: x + 1), images) == expected
-    assert f"--batch-size auto takes {expected}" in capfd.readouterr().err
+    assert f"--batch-size auto: {expected}." in capfd.readouterr().err
 
 
 def test_only_what_may_fit_is_compiled(monkeypatch):
@@ -120,7 +121,7 @@ def test_a_device_that_does_not_tell_its_memory_gets_the_papers_batch(monkeypatc
     compile_step = compiler(lambda x: x + 1)
     assert largest_batch(compile_step, 5000) == 32
     assert not compile_step.sizes
-    assert "--batch-size auto takes 32: cpu does not tell its memory" in capfd.readouterr().err
+    assert "--batch-size auto: 32, because cpu does not report its memory" in capfd.readouterr().err
 
 
 def test_devices_that_are_processors_share_half_of_the_machines_memory():
@@ -129,8 +130,8 @@ def test_devices_that_are_processors_share_half_of_the_machines_memory():
 
 
 def test_a_run_keeps_the_number_it_has_found(config, monkeypatch, capfd):
-    run = Run(dataclasses.replace(config, batch_size=16))
-    needs = run._compiled_step(16).memory_analysis()
+    trainer = Trainer(dataclasses.replace(config, batch_size=16))
+    needs = trainer._compiled_step(16).memory_analysis()
     outputs = needs.output_size_in_bytes - needs.alias_size_in_bytes
     give(monkeypatch, needs.argument_size_in_bytes + outputs + needs.temp_size_in_bytes)
     train(config)
@@ -153,13 +154,13 @@ def test_two_processes_take_the_same_number(pictures, tmp_path):
     finally:
         launcher.close()
     assert json.loads((output / "config.json").read_text())["batch_size"] == 64
-    assert ["auto takes 64" in process.log.read_text() for process in processes] == [True, False]
+    assert ["auto: 64." in process.log.read_text() for process in processes] == [True, False]
 
 
 @pytest.mark.parametrize(("rule", "peak"), [("none", 0.01), ("sqrt", 0.005), ("linear", 0.0025)])
 def test_the_rate_follows_the_batch_by_the_rule(rule, peak, config):
     config = dataclasses.replace(config, batch_size=8, learning_rate=0.01, scale_learning_rate=rule)
-    cycle = Run(config).plan.cycle
+    cycle = Trainer(config).plan.cycle
     assert cycle.peak == pytest.approx(peak)
     turn = 0.3 * 8 - 1  # of 64 / 8 steps
     assert cycle.learning_rate(turn) == pytest.approx(peak)
@@ -183,7 +184,7 @@ def test_a_runs_command_gives_its_configuration(config, monkeypatch):
         data_dir="/a folder",
     )
     started = []
-    monkeypatch.setattr(loop, "train", started.append)
+    monkeypatch.setattr(cli, "train", started.append)
     words = shlex.split(command(config))
     assert words[:2] == ["ttame", "train"] and "--seed" not in words
     main([*words[1:], "--num-processes", "1"])

@@ -3,10 +3,10 @@ import os
 
 import pytest
 
+from ttame_jax import cli
 from ttame_jax.cli import main
 from ttame_jax.config import TrainConfig
 from ttame_jax.runs import load_config
-from ttame_jax.training import loop
 
 
 @pytest.mark.parametrize("bucket", [False, True])
@@ -14,7 +14,7 @@ def test_a_run_folder_may_be_in_a_bucket(tmp_path, monkeypatch, bucket):
     """From the command line to config.json and back, gs:// keeps both of its slashes."""
     output = "gs://bucket/runs/one" if bucket else str(tmp_path / "one")
     started = []
-    monkeypatch.setattr(loop, "train", started.append)
+    monkeypatch.setattr(cli, "train", started.append)
     words = ["train", "--backbone", "vit_b16", "--output", output, "--num-processes", "1"]
     main([*words, "--validation-list", "gs://bucket/list.txt"])
     (config,) = started

@@ -163,7 +163,9 @@ def test_a_folder_with_a_run_of_other_settings_is_refused(config):
 def test_a_run_that_was_trained_elsewhere_is_not_trained_on(config):
     save_attention(config.output, build_attention(config, build_backbone(config)), step=5)
     config.save()
-    with pytest.raises(ValueError, match="run was made from another program's .* another --output"):
+    with pytest.raises(
+        ValueError, match="run was imported from another program's .* another --output"
+    ):
         train(config)
 
 

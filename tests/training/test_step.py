@@ -8,13 +8,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from tiny import TINY
 
+from ttame_jax import compilers
 from ttame_jax.attention import AttentionMechanism
-from ttame_jax.backbones import base
 from ttame_jax.losses import LossConfig, cross_entropy, total_loss
 from ttame_jax.masking import mask_images, upsample
 from ttame_jax.mesh import replicate, shard_batch
 from ttame_jax.training.optimizer import OneCycle, one_cycle_sgd
-from ttame_jax.training.step import _compiler_options, initial_state, make_train_step
+from ttame_jax.training.step import initial_state, make_train_step
 from ttame_jax.weights import load_backbone
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
@@ -61,7 +61,7 @@ def literal_loss(backbone, attention, images, masking, recipe):
 @pytest.mark.parametrize("recipe", ["paper", "reference"])
 @pytest.mark.parametrize("group", [8, 2])
 def test_a_step_follows_the_gradient_of_the_literal_loss(masking, recipe, group, monkeypatch):
-    monkeypatch.setattr(base, "CPU_PIXELS", group * 32 * 32)
+    monkeypatch.setattr(compilers, "CPU_PIXELS", group * 32 * 32)
     backbone, attention, state, run = setup(masking=masking, recipe=recipe)
     graph, params, stats = nnx.split(attention, nnx.Param, nnx.BatchStat)
 
@@ -147,18 +147,6 @@ def test_the_loss_falls_and_parameters_stay_float32(dtype):
     assert float(metrics["loss"]) < 0.9 * first
     assert int(state.step) == 26
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((state.params, state.batch_stats)))
-
-
-def test_on_several_gpus_gradients_cross_early_unless_told_otherwise(monkeypatch):
-    option = "xla_gpu_enable_latency_hiding_scheduler"
-    one, two = (Mesh(np.array(jax.devices()[:count]), ("data",)) for count in (1, 2))
-    assert _compiler_options(two) is None
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert _compiler_options(one) is None
-    assert _compiler_options(two) == {option: True}
-    jax.jit(lambda x: x, compiler_options=_compiler_options(two))(1.0)  # the compiler knows it
-    monkeypatch.setenv("XLA_FLAGS", f"--{option}=false")
-    assert _compiler_options(two) is None
 
 
 def test_the_state_is_donated():

@@ -327,12 +327,17 @@ def _rounded(width: float) -> int:
     return nearest if nearest >= 0.9 * width else nearest + 8
 
 
-def _input(image_size: int, resize_size: int, **fields) -> Preprocessing:
-    return Preprocessing(image_size, resize_size, **{"interpolation": "bicubic", **fields})
+def _input(
+    image_size: int,
+    resize_size: int,
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic",
+    **fields,
+) -> Preprocessing:
+    return Preprocessing(image_size, resize_size, interpolation, **fields)
 
 
-HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-LINEAR_HALF = {"interpolation": "bilinear", **HALF}
+HALF: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+LINEAR_HALF: dict[str, Any] = {"interpolation": "bilinear", **HALF}
 TENSORFLOW = {"padding": "SAME", "epsilon": 1e-3}
 LITE = {"lite": True, "activation": "relu6", **TENSORFLOW}
 

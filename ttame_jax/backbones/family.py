@@ -37,10 +37,10 @@ class Library:
     """
 
     models: Mapping[str, str]
-    tensors: Callable[[Backbone], Table]
-    feature_nodes: Callable[[Backbone], list[str]]
-    options: Callable[[Backbone], dict[str, Any]] = _no_options
-    build: Callable[[Backbone], Call | None] = _no_call
+    tensors: Callable[[Any], Table]
+    feature_nodes: Callable[[Any], list[str]]
+    options: Callable[[Any], dict[str, Any]] = _no_options
+    build: Callable[[Any], Call | None] = _no_call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Torchvision(Library):
       renamed: today's key of a tensor that older published files have under another name.
     """
 
-    target_node: Callable[[Backbone], str]
+    target_node: Callable[[Any], str]
     renamed: Callable[[str], str] = str
 
 
@@ -88,7 +88,7 @@ class AuthorsCode:
       prefix: what precedes the keys of the attention mechanism in a checkpoint.
     """
 
-    nodes: Callable[[Backbone], list[str]]
+    nodes: Callable[[Any], list[str]]
     models: tuple[str, ...] | None = None
     prefix: str = ""
 
@@ -98,14 +98,14 @@ class Family:
     """A family of classifiers.
 
     Attributes:
-      backbone: its class.
+      backbone: its class, a subclass of `Backbone` whose constructor also takes `rngs`.
       architecture: the class of its architectures.
       architectures: the architectures that have a name.
       free: fields that a caller of `load_backbone` may set, by name of the architecture.
       torchvision, timm, authors: the family in PyTorch; None where it does not exist.
     """
 
-    backbone: type[Backbone]
+    backbone: type[Any]
     architecture: type[Architecture]
     architectures: Mapping[str, Architecture]
     free: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

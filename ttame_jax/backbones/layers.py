@@ -1,5 +1,6 @@
 """Layers that several families share, equal to PyTorch's in inference mode. All are NHWC."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ttame_jax.compilers import convolve
+from ttame_jax.compilers import Padding, convolve, depthwise_convolve
 
 
 class Conv(nnx.Conv):
@@ -15,6 +16,9 @@ class Conv(nnx.Conv):
 
     `padding` is a number of pixels on each side, or "SAME" for TensorFlow's padding.
     """
+
+    strides: int
+    padding: int | Literal["SAME"]
 
     def __init__(
         self,
@@ -37,19 +41,21 @@ class Conv(nnx.Conv):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.feature_group_count > 1:
+        depthwise = self.feature_group_count == x.shape[-1] == self.out_features
+        if self.feature_group_count > 1 and not depthwise:
             return super().__call__(x)
         dtype = self.dtype or x.dtype
-        strides = tuple(np.broadcast_to(self.strides, 2).tolist())
+        strides = (self.strides, self.strides)
         padding = self._pads(x.shape[1:3], strides)
-        y = convolve(x.astype(dtype), self.kernel[...].astype(dtype), strides, padding)
+        function = depthwise_convolve if self.feature_group_count > 1 else convolve
+        y = function(x.astype(dtype), self.kernel[...].astype(dtype), strides, padding)
         return y if self.bias is None else y + self.bias[...].astype(dtype)
 
-    def _pads(self, size: tuple[int, int], strides: tuple[int, int]):
+    def _pads(self, size: Sequence[int], strides: tuple[int, int]) -> Padding:
         """((top, bottom), (left, right))."""
         if self.padding == "SAME":
-            pads = jax.lax.padtype_to_pads(size, self.kernel_size, strides, "SAME")
-            return tuple(map(tuple, pads))
+            rows, columns = jax.lax.padtype_to_pads(size, self.kernel_size, strides, "SAME")
+            return rows, columns
         return ((self.padding, self.padding),) * 2
 
 
@@ -59,6 +65,7 @@ def classify(
     """A fully connected (or 1x1 convolutional) head on x [..., C], for classes [K] or all."""
     if classes is None:
         return head(x)
+    # pyrefly: ignore[unsupported-operation]  # the bias, which is optional in Flax
     kernel, bias = head.kernel[...], head.bias[...]
     return x.astype(kernel.dtype) @ kernel.reshape(-1, bias.size)[:, classes] + bias[classes]
 

@@ -168,7 +168,7 @@ class ResNet(Backbone):
         self.layers = nnx.List()
         block = BLOCKS[architecture.block]
         for i, (depth, width) in enumerate(zip(architecture.depths, architecture.widths)):
-            layer = nnx.List()
+            layer: nnx.List[BasicBlock | Bottleneck] = nnx.List()
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
                 layer.append(block(channels, width, stride, architecture, **options))

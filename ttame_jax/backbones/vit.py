@@ -148,17 +148,17 @@ class ViT(Backbone):
         self.side = size // patch
         self.prefix_tokens = architecture.class_token + architecture.registers
         options: dict[str, Any] = {"dtype": self.dtype, "rngs": rngs}
-        norm_options = {**options, "epsilon": architecture.epsilon}
+        norm_options: dict[str, Any] = {**options, "epsilon": architecture.epsilon}
 
-        def tokens(count: int) -> nnx.Param | None:
+        def tokens(count: int) -> nnx.Param:
             normal = nnx.initializers.normal(0.02)
-            return nnx.Param(normal(rngs.params(), (1, count, width))) if count else None
+            return nnx.Param(normal(rngs.params(), (1, count, width)))
 
         self.patch_embed = nnx.LinearGeneral(
             (patch, patch, 3), width, axis=(-3, -2, -1), use_bias=architecture.patch_bias, **options
         )
-        self.cls_token = tokens(int(architecture.class_token))
-        self.reg_token = tokens(architecture.registers)
+        self.cls_token = tokens(1) if architecture.class_token else None
+        self.reg_token = tokens(architecture.registers) if architecture.registers else None
         self.pos_embed = tokens(self.embedded_prefix + self.side**2)
         # Small ViTs learn several times faster from sinusoidal positions than from noise.
         patches = sincos_positions(self.side, width)
@@ -209,9 +209,9 @@ class ViT(Backbone):
             return self.norm(patches.mean(axis=1))
         return self.norm(patches).mean(axis=1)
 
-    def feature_map(self, tokens: jax.Array) -> jax.Array:
+    def feature_map(self, x: jax.Array) -> jax.Array:
         """[B, prefix + N, D] -> [B, sqrt N, sqrt N, D]: the patch tokens in their place."""
-        return tokens[:, self.prefix_tokens :].reshape(len(tokens), self.side, self.side, -1)
+        return x[:, self.prefix_tokens :].reshape(len(x), self.side, self.side, -1)
 
     def check_size(self, height, width):
         size = self.preprocessing.image_size

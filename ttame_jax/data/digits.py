@@ -102,7 +102,7 @@ def _load_originals() -> tuple[np.ndarray, np.ndarray]:
         raise ModuleNotFoundError(
             "the data set digits needs scikit-learn; run: pip install 'ttame-jax[demo]'"
         ) from error
-    digits = load_digits()
+    digits: Any = load_digits()
     return digits.images / 16, digits.target
 
 

@@ -84,7 +84,7 @@ def evaluation_batches(
     preprocessing: Preprocessing,
     batch_size: int,
     *,
-    indices: Sequence[int] | None = None,
+    indices: Sequence[int] | np.ndarray | None = None,
     boxes: bool = False,
     workers: int = 0,
     process_index: int = 0,
@@ -112,8 +112,8 @@ def evaluation_batches(
     """
     if boxes and not source.has_boxes:
         raise ValueError(f"{source} has no boxes")
-    indices = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
-    padded = np.pad(indices, (0, -len(indices) % (batch_size * process_count)), constant_values=-1)
+    chosen = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
+    padded = np.pad(chosen, (0, -len(chosen) % (batch_size * process_count)), constant_values=-1)
     shard = padded.reshape(-1, process_count, batch_size)[:, process_index].ravel()
     load = functools.partial(_load_for_evaluation, source, preprocessing, boxes)
     dataset = grain.MapDataset.source(shard).map(load).batch(batch_size)
@@ -149,8 +149,7 @@ class Batches(grain.DatasetIterator):
     def __next__(self) -> dict[str, np.ndarray]:
         if self._closed:
             raise ValueError("these batches are closed")
-        self.start_prefetch()
-        batch = next(self._ahead)
+        batch = next(self._prefetching())
         self._taken += 1
         self._check(batch["index"], batch.pop("unreadable"))
         return {name: np.array(value) for name, value in batch.items()}  # copied from shared memory
@@ -163,9 +162,13 @@ class Batches(grain.DatasetIterator):
         self._taken = state["batches"]
 
     def start_prefetch(self):
+        self._prefetching()
+
+    def _prefetching(self) -> grain.DatasetIterator:
         if self._ahead is None:
             self._ahead = _iterate(self._dataset[self._taken :], self._workers)
             self._ahead.start_prefetch()
+        return self._ahead
 
     def close(self):
         self._closed = True
@@ -180,7 +183,7 @@ class Batches(grain.DatasetIterator):
         for image in set(unreadable[unreadable >= 0].tolist()) - self._unreadable:
             self._unreadable.add(image)
             warnings.warn(f"skipping an unreadable image: {self._source.name(image)}", stacklevel=3)
-        self._seen = min(self._seen + np.count_nonzero(index >= 0), self._images)
+        self._seen = min(self._seen + int(np.count_nonzero(index >= 0)), self._images)
         judged = self._seen >= min(self._images, _ENOUGH_SEEN)
         if judged and len(self._unreadable) > _MAX_UNREADABLE * self._seen:
             self.close()
@@ -211,6 +214,7 @@ def _end_with_parent(worker_index: int, worker_count: int):
     """Ends this worker when its parent dies, even by SIGKILL: Grain's workers would wait forever."""
 
     def watch():
+        # pyrefly: ignore[missing-attribute]  # a worker has a parent
         multiprocessing.parent_process().join()
         os._exit(1)
 
@@ -219,7 +223,7 @@ def _end_with_parent(worker_index: int, worker_count: int):
 
 def _load_for_training(
     source: Source, preprocessing: Preprocessing, flip: bool, index: int, rng: np.random.Generator
-) -> dict[str, np.ndarray]:
+) -> dict[str, np.ndarray | np.generic]:
     unreadable = -1
     # After more consecutive failures than are tolerated in total, give up.
     for candidate in range(index, index + min(len(source), _ENOUGH_SEEN)):
@@ -236,7 +240,7 @@ def _load_for_training(
 
 def _load_for_evaluation(
     source: Source, preprocessing: Preprocessing, boxes: bool, index: int
-) -> dict[str, np.ndarray]:
+) -> dict[str, np.ndarray | np.generic]:
     size, unreadable = preprocessing.image_size, -1
     if index >= 0:
         try:
@@ -256,7 +260,7 @@ def _load_for_evaluation(
 
 def _element(
     image: np.ndarray, label: int, index: int, unreadable: int = -1, valid: bool = True
-) -> dict[str, np.ndarray]:
+) -> dict[str, np.ndarray | np.generic]:
     """Returns one element. `unreadable` is the index of the image it replaces because that image
     could not be read, or -1."""
     return {

@@ -7,6 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -146,7 +147,7 @@ class TfdsSource(Source):
         if self._label is not None and features[self._label].num_classes:
             self.class_names = features[self._label].names
         try:
-            self._records = builder.as_data_source(
+            self._records: Any = builder.as_data_source(
                 self._split, decoders={self._image: tfds.decode.SkipDecoding()}
             )
         except NotImplementedError as error:
@@ -163,7 +164,7 @@ class TfdsSource(Source):
         features = self._records[index]
         label = -1 if self._label is None else int(features[self._label])
         record = {"image": features[self._image], "label": label}
-        if self.has_boxes:
+        if self._boxes is not None:
             boxes = functools.reduce(operator.getitem, self._boxes, features)
             record["boxes"] = np.reshape(boxes, (-1, 4)).astype(np.float32)
         return record
@@ -268,6 +269,7 @@ def _prepare(builder, manual_dir: str | Path | None):
 
 def _builder(dataset: str, data_dir: str | Path | None, **kwargs):
     try:
+        # pyrefly: ignore[bad-argument-type]  # TFDS decorates the function without a signature
         return tfds.builder(dataset, data_dir=data_dir, **kwargs)
     except tfds.core.DatasetNotFoundError as error:
         raise ValueError(

@@ -136,15 +136,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, ...]:
+def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
     """Width and height of an image after its shortest side is resized."""
     short, target = min(size), preprocessing.resize_size
-    return tuple(target if side == short else int(target * side / short) for side in size)
+    width, height = (target if side == short else int(target * side / short) for side in size)
+    return width, height
 
 
-def _centre_corner(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, ...]:
+def _centre_corner(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
     """Left and top of the centre crop. Python's `round`, to even, as in torchvision."""
-    return tuple(round((side - preprocessing.image_size) / 2) for side in size)
+    left, top = (round((side - preprocessing.image_size) / 2) for side in size)
+    return left, top
 
 
 def _filter(preprocessing: Preprocessing) -> Image.Resampling:

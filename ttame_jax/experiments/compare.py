@@ -4,9 +4,10 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
@@ -136,7 +137,7 @@ class Comparison:
 
     def _settings(self, name: str) -> dict:
         """The settings on which the figures of a method depend, as read back from JSON."""
-        settings = dataclasses.asdict(self.config)
+        settings: dict[str, Any] = dataclasses.asdict(self.config)
         for field in ("output", "methods", "limits", "method_config", "pictures", "batch_size"):
             del settings[field]
         own = {k: v for k, v in self.config.method_config.items() if k.startswith(f"{name}.")}
@@ -162,14 +163,14 @@ class Comparison:
             self.setup.source, self.backbone.preprocessing, len(chosen), indices=chosen
         )
         pictures = next(batches)["image"]
-        images = to_float(pictures)
-        classes = np.asarray(_predicted(self.backbone, images))
+        images = jnp.asarray(to_float(pictures))
+        classes = _predicted(self.backbone, images)
         rows = {}
         for name in names:
             print(f"{name}: maps of {len(images)} images")
             maps = compute_maps(self.method(name), images, classes[:, None])
             rows[method_title(name)] = np.asarray(maps[:, 0])
-        titles = [self._class_name(label) for label in classes]
+        titles = [self._class_name(label) for label in classes.tolist()]
         path = self.config.output / "maps.png"
         save_figure(explanation_grid(pictures, rows, titles), path)
         print(path)
@@ -180,5 +181,5 @@ class Comparison:
 
 
 @nnx.jit
-def _predicted(backbone: Backbone, images: np.ndarray) -> jax.Array:
+def _predicted(backbone: Backbone, images: jax.Array) -> jax.Array:
     return backbone(backbone.preprocessing.standardise(images))[0].argmax(-1)

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -41,7 +42,7 @@ def run_demo(output: Path) -> None:
 
     explainer = load_explainer(run)
     test = load_source("digits", "test")
-    facts = {
+    facts: dict[str, Any] = {
         "accuracy": 100 * accuracy(explainer.backbone, test),
         **summarise(Evaluator(explainer.method, test, metrics=METRICS)(), METRICS),
     }

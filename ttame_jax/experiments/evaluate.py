@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
+import numpy as np
 import tyro
 
 from ttame_jax.data import Source, load_source, select
@@ -123,7 +124,7 @@ class EvaluationSetup:
         method: Method,
         output: Path,
         settings: Mapping[str, Any],
-        indices: Sequence[int] | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
     ) -> dict:
         """Evaluates a method and writes its figures to `output`.
 

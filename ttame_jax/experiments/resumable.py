@@ -30,7 +30,9 @@ class ResumableRows:
         self.path = output.with_name(output.name + ".partial")
         self.header = json.dumps({"settings": settings}, default=str)
 
-    def collect(self, evaluator: Evaluator, indices: Sequence[int]) -> tuple[Rows, float]:
+    def collect(
+        self, evaluator: Evaluator, indices: Sequence[int] | np.ndarray
+    ) -> tuple[Rows, float]:
         """Evaluates the images that have no row yet.
 
         Returns:

@@ -83,7 +83,7 @@ def titles(figures: Sequence[Figures]) -> list[str]:
 
 def markdown(figures: Sequence[Figures], rows: Sequence[Row]) -> str:
     """Formats a Markdown table; the best value of a row is bold, the second underlined."""
-    marks = {0: "**{}**", 1: "<u>{}</u>"}
+    marks: dict[int | None, str] = {0: "**{}**", 1: "<u>{}</u>"}
     body = _cells(figures, rows, lambda value, rank: marks.get(rank, "{}").format(value))
     head = [["measure", *titles(figures)], ["---"] * (len(figures) + 1)]
     return "".join("| " + " | ".join(line) + " |\n" for line in [*head, *body])
@@ -100,7 +100,7 @@ def comma_separated(figures: Sequence[Figures], rows: Sequence[Row]) -> str:
 
 def latex(figures: Sequence[Figures], rows: Sequence[Row]) -> str:
     """Formats a LaTeX tabular; the best value of a row is bold, the second underlined."""
-    marks = {0: r"\textbf{%s}", 1: r"\underline{%s}"}
+    marks: dict[int | None, str] = {0: r"\textbf{%s}", 1: r"\underline{%s}"}
     body = _cells(figures, rows, lambda value, rank: marks.get(rank, "%s") % value)
     lines = [["Measure", *titles(figures)], *body]
     text = [" & ".join(line).translate(_LATEX) + r" \\" for line in lines]

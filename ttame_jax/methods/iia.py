@@ -4,6 +4,7 @@ integral IIA2, over the image and over the last layer's representation of it.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,8 @@ class IIA(Method, name="iia", title="IIA"):
     Raises:
       ValueError: a ViT without class token, an unknown layer or recipe, or no steps.
     """
+
+    backbone: Any  # methods for ViTs read more than `Backbone` has
 
     def __init__(
         self,

@@ -63,7 +63,7 @@ class RISE(Method, name="rise", title="RISE"):
         chunks = jnp.arange(self.masks).reshape(-1, size)
         return min_max_scale(jax.lax.scan(add, total, chunks)[0])
 
-    def random_masks(self, numbers: jax.Array, size: tuple[int, int]) -> jax.Array:
+    def random_masks(self, numbers: jax.Array, size: tuple[int, ...]) -> jax.Array:
         """The masks with the given numbers ``[N]``, each with its own key: ``[N, *size]``."""
         cells = self.cells
         cell = [-(-side // cells) for side in size]

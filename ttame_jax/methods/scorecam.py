@@ -53,7 +53,7 @@ class ScoreCAM(CAM, name="scorecam", title="Score-CAM"):
         scores = scores.reshape(-1, *classes.shape)  # [C, B, K]
         return self.combine(output, jnp.moveaxis(jax.nn.softmax(scores, axis=0), 0, -1))
 
-    def upsample(self, maps: jax.Array, size: tuple[int, int]) -> jax.Array:
+    def upsample(self, maps: jax.Array, size: tuple[int, ...]) -> jax.Array:
         if self.recipe == "paper":
             return upsample(maps, size)
         return interpolate(maps, *map(aligned, maps.shape[-2:], size))

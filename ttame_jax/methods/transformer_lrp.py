@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ttame_jax.backbones import Backbone
-from ttame_jax.backbones.vit import Block
+from ttame_jax.backbones.vit import Block, ViT
 from ttame_jax.masking import min_max_scale
 from ttame_jax.methods.base import Method
 from ttame_jax.methods.vit_blocks import (
@@ -39,6 +39,7 @@ class TransformerLRP(Method, name="transformer_lrp", title="Transformer LRP"):
     """
 
     forward_passes = 1
+    backbone: ViT
 
     def __init__(self, backbone: Backbone):
         require_class_token(backbone, self.name)
@@ -113,7 +114,8 @@ def linear(x: jax.Array, kernel: jax.Array, relevance: jax.Array) -> jax.Array:
     """
     up, down = jnp.maximum(kernel, 0), jnp.minimum(kernel, 0)
     signs = jnp.maximum(x, 0), jnp.minimum(x, 0)
-    return sum(taylor(lambda p, n: p @ up + n @ down, signs, relevance))
+    positive, negative = taylor(lambda p, n: p @ up + n @ down, signs, relevance)
+    return positive + negative
 
 
 def matmul(u: jax.Array, v: jax.Array, relevance: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -129,7 +131,7 @@ def add(u: jax.Array, v: jax.Array, relevance: jax.Array) -> tuple[jax.Array, ja
     """
     shares = taylor(jnp.add, (u, v), relevance)
     sums = [share.sum() for share in shares]
-    size = sum(jnp.abs(total) for total in sums)
+    size = jnp.abs(sums[0]) + jnp.abs(sums[1])
     parts = [_ratio(jnp.abs(total), size) * relevance.sum() for total in sums]
     return tuple(x * _ratio(part, total) for x, part, total in zip(shares, parts, sums))
 

@@ -75,6 +75,7 @@ def _area(predict, start, end, ranks, classes, steps: int) -> jax.Array:
 
 class _Area(Metric):
     table = "insertion_deletion"
+    area: Callable[..., jax.Array]
 
     def measure(self, sample: Sample) -> dict[str, jax.Array]:
         args = (sample.predict, sample.standardised, sample.ranks, sample.classes)

@@ -96,9 +96,10 @@ class TableRow:
         return f"{self.label}{'↓' if self.lower_is_better else '↑'}{self.detail}"
 
     def value(self, summary: Mapping[str, Any]) -> float:
+        value: Any = summary
         for key in self.path:
-            summary = summary[key]
-        return summary
+            value = value[key]
+        return value
 
 
 class Metric(ABC):

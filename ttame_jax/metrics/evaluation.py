@@ -42,7 +42,7 @@ class Evaluator:
         *,
         masking: Masking | None = None,
         metrics: Sequence[str] = ("ad", "ic"),
-        indices: Sequence[int] | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
         batch_size: int = 32,
         seed: int = 0,
     ):
@@ -71,7 +71,7 @@ class Evaluator:
         return dict(_flat(summarise(self(state), self.metrics)))
 
     def batches(
-        self, state: nnx.State | None = None, indices: Sequence[int] | None = None
+        self, state: nnx.State | None = None, indices: Sequence[int] | np.ndarray | None = None
     ) -> Iterator[Rows]:
         """Yields the rows batch by batch, of all images or of the given ones."""
         state = replicate(nnx.state(self.method) if state is None else state, self.mesh)

@@ -192,7 +192,8 @@ def _laplacian(free: jax.Array) -> Callable[[jax.Array], jax.Array]:
 
 def _weighted(fields: Fields, x: jax.Array) -> jax.Array:
     """Applies a stencil: sums each pixel and its eight neighbours times their coefficients."""
-    return sum(f * s for row in zip(fields, _shifts(x)) for f, s in zip(*row))
+    terms = (f * s for row in zip(fields, _shifts(x)) for f, s in zip(*row))
+    return reduce(operator.add, terms)
 
 
 def _shifts(x: jax.Array) -> list[list[jax.Array]]:
@@ -213,10 +214,11 @@ def _around(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     padding = [(0, 0)] * x.ndim
     padding[axis] = (1, 2 * coarse - n)
     padded = jnp.pad(x, padding)
-    return tuple(
+    before, at, after = (
         lax.slice_in_dim(padded, start, start + 2 * coarse - 1, stride=2, axis=axis)
         for start in range(3)
     )
+    return before, at, after
 
 
 def _restrict(x: jax.Array, axis: int) -> jax.Array:

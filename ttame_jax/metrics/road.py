@@ -99,7 +99,8 @@ def road(
 
     def scores(ranks):
         def score(step):
-            imputed = remove_first(images, ranks, *step, keys)
+            percentage, count = step
+            imputed = remove_first(images, ranks, percentage, count, keys)
             return protocol.score(predict(imputed), classes)
 
         return jnp.moveaxis(lax.map(score, (percentages, counts)), 0, 1)

@@ -4,7 +4,7 @@ import functools
 import math
 import os
 from collections.abc import Callable
-
+from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -80,7 +80,7 @@ def usable_memory() -> float | None:
 def _needed(compile_step: Callable[[int], jax.stages.Compiled], size: int) -> float:
     """Bytes on a device while it runs the step; infinite if the compiler runs out of memory."""
     try:
-        needs = compile_step(size).memory_analysis()
+        needs: Any = compile_step(size).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

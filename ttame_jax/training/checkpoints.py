@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-
+from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
@@ -81,7 +81,7 @@ class Checkpoints:
                 "It can be explained with and evaluated, but not trained further: choose another "
                 "--output"
             )
-        restored = self._manager.restore(
+        restored: Any = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 attention=ocp.args.StandardRestore(attention_item(state.params, state.batch_stats)),

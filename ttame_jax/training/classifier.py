@@ -64,9 +64,10 @@ def train_classifier(
 def _decode(backbone: Backbone, source: Source) -> tuple[np.ndarray, np.ndarray]:
     batches = list(evaluation_batches(source, backbone.preprocessing, 100))
     valid = np.concatenate([batch["valid"] for batch in batches])
-    return tuple(
+    images, labels = (
         np.concatenate([batch[name] for batch in batches])[valid] for name in ("image", "label")
     )
+    return images, labels
 
 
 def _optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:

@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     total_steps: int
     cycle: OneCycle
     optimizer: optax.GradientTransformation
-    step: Callable  # compiled at its first call
+    step: jax.stages.Wrapped  # compiled at its first call
 
 
 class Trainer:

@@ -1,7 +1,6 @@
 """The compiled training step, data-parallel over one device mesh."""
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +46,7 @@ def make_train_step(
     loss_config: LossConfig,
     *,
     synchronise: bool = False,
-) -> Callable:
+) -> jax.stages.Wrapped:
     """Compiles a step of T-TAME's training (section III-D).
 
     By default each device uses its own part of the batch, as under ``jax.pmap``: Psi holds the maps
@@ -91,6 +90,7 @@ def make_train_step(
         grads, (metrics, batch_stats) = jax.lax.pmean((grads, aux), AXIS)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        # pyrefly: ignore[bad-argument-type]  # Optax returns parameters of the type that it is given
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     step = jax.shard_map(local_step, mesh=mesh, in_specs=(P(), P(), P(AXIS)), out_specs=(P(), P()))

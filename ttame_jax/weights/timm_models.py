@@ -66,10 +66,10 @@ def describe(model: str, num_classes: int | None = None) -> dict[str, Any]:
 def read(module, name: str) -> dict[str, Any]:
     """What `describe` returns, from timm's module (also on the device "meta")."""
     family = _family(module)
-    reasons = list(_refusals(module, family))
-    if family is None or reasons:
+    if family is None or family.timm is None:
+        raise UnsupportedModel(name, [f"is a {type(module).__name__}"])
+    if reasons := list(_refusals(module, family.timm)):
         raise UnsupportedModel(name, reasons)
-    assert family.timm is not None
     config = {
         "num_classes": module.num_classes,
         "preprocessing": timm.preprocessing(module.pretrained_cfg),
@@ -88,11 +88,7 @@ def _family(module) -> Family | None:
     return next(known, None)
 
 
-def _refusals(module, family: Family | None) -> Iterator[str]:
-    if family is None:
-        yield f"is a {type(module).__name__}"
-        return
-    record: Timm = family.timm
+def _refusals(module, record: Timm) -> Iterator[str]:
     known = {record.module, *record.layers, *SHARED_LAYERS}
     others = sorted({type(layer).__name__ for layer in module.modules()} - known)
     if others:

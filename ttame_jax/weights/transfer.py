@@ -1,6 +1,7 @@
 """Transfers parameters between PyTorch state dicts and Flax modules, exactly and completely."""
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from flax import nnx
 from ttame_jax.backbones import Backbone, family_of
 from ttame_jax.backbones.tensors import SAME, Entry, Table
 from ttame_jax.files import Tensors
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 BODY = "generic.body."
 """Prefix of the backbone's keys in a checkpoint of the authors' code."""
@@ -55,6 +58,7 @@ def shapes(backbone: Backbone, layout: str) -> dict[str, tuple[int, ...]]:
     return {
         key: jax.eval_shape(transform.to_torch, values[path]).shape
         for key, path, transform in tables(backbone)[layout]
+        if path is not None
     }
 
 
@@ -122,7 +126,7 @@ def complete(module: nnx.Module, table: Table, tensors: Tensors, misfit: str) ->
     }
 
 
-def fill(module: nnx.Module, tensors: Mapping[str, np.ndarray]) -> nnx.Module:
+def fill(module: Module, tensors: Mapping[str, np.ndarray]) -> Module:
     """Sets the parameters of a module (also an abstract one) to the given arrays by path."""
     paths = [path for path, _ in nnx.to_flat_state(nnx.state(module))]
     values = {path: jnp.asarray(tensors[".".join(map(str, path))]) for path in paths}
