@@ -1,4 +1,4 @@
-"""What the benchmarks share: their flags, timing side by side, and the machine's description."""
+"""Shared by the benchmarks: flags, interleaved timing, and a description of the machine."""
 
 import json
 import os
@@ -13,28 +13,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # also without installing the project
-# PyTorch's share of the GPU's memory stays free.
+# Leaves GPU memory for PyTorch.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-TURN = 1.0  # seconds that a measurement of one side takes, at least
+TURN = 1.0  # minimum seconds of one measurement
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured, and on what; weights are random, which changes no speed."""
+    """The model and the device. Weights are random, which does not affect speed."""
 
     backbone: str = "vit_b16"
     """vgg16, resnet50, vit_b16 or another classifier by name."""
     batch_size: int = 8
-    """Images at a time, over all devices."""
+    """Images per batch, over all devices."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation."""
+    """Precision of the computation."""
     device: Literal["cpu", "cuda", "tpu"] = "cpu"
-    """What to run on."""
+    """Device to run on."""
     image_size: int = 224
-    """Side of the images."""
+    """Height and width of the images."""
     rounds: int = 5
-    """Measurements of each thing, in turns; the median counts."""
+    """Number of interleaved measurements; the median is reported."""
 
 
 def median_seconds(
@@ -42,14 +42,14 @@ def median_seconds(
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Median seconds that one repetition of each side takes.
+    """Median seconds of one repetition of each side.
 
-    The sides take turns, so that whatever else the machine does strikes all of them alike.
+    The sides are measured in turns, so that other load on the machine affects all of them.
 
     Args:
-      sides: functions of a number of repetitions that return when the last one is done.
-      rounds: turns of each side; one before them warms it up and is not counted.
-      clock: of the wall, or of this process.
+      sides: functions of a number of repetitions that return when the last one has finished.
+      rounds: number of measurements of each side, after a warm-up.
+      clock: wall time, or this process's time.
     """
     return {name: statistics.median(times) for name, times in turns(sides, rounds, clock).items()}
 
@@ -82,7 +82,7 @@ def turns(
 
 
 def machine() -> dict[str, Any]:
-    """The host, and the versions that its speed depends on."""
+    """The host and the versions of the relevant packages."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
@@ -94,7 +94,7 @@ def machine() -> dict[str, Any]:
 
 
 def cpu_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -117,7 +117,7 @@ def _version(package: str) -> str | None:
 
 
 def main(run: Callable[[Any], dict], options: Any) -> None:
-    """Runs a benchmark and prints its setting, machine and results as JSON."""
+    """Runs a benchmark and prints its setting, the machine and the results as JSON."""
     setting = {
         key: str(value) if isinstance(value, Path) else value
         for key, value in asdict(options).items()

@@ -1,10 +1,10 @@
-"""Latency and throughput of explaining, and what it costs over the bare classifier, as JSON.
+"""Latency and throughput of explaining, and its overhead over classification, as JSON.
 
     python benchmarks/explain.py --backbone resnet50 --batch-size 8
 
-`overhead` is the time of classifying and explaining over that of classifying alone, for the
-predicted class and for all. Classifying is timed with feature maps and without, and the quicker
-counts: a compiler may do worse at less.
+`overhead` is the time of classifying and explaining divided by that of classifying alone, for the
+predicted class and for all classes. Classifying is timed with and without feature maps, and the
+faster one counts: a compiler may do worse with fewer outputs.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ def run(setting: Setting) -> dict:
 
 
 def timed(setting: Setting) -> dict:
-    """Seconds a batch of each kind of pass, images a second, and their ratios."""
+    """Seconds per batch of each kind of pass, images per second, and their ratios."""
     backbone, attention = build(setting)
     graphs, states = zip(*map(nnx.split, (backbone, attention)))
     images = to_float(noise(setting))

@@ -1,11 +1,11 @@
-"""Images per second and core that reading, decoding, resizing and batching allow, as JSON.
+"""Images per second and core of reading, decoding, resizing and batching, as JSON.
 
     python benchmarks/input_pipeline.py
     python benchmarks/input_pipeline.py --dataset imagenet2012 --data-dir DIR --workers 8
 
-Stages are timed one by one on one core, in seconds of its own time, so that what else the machine
-does hardly counts; `loader` is the whole of it over the workers, in seconds of the clock. Without a
-data set the images are photographs of ImageNet's usual size, 500x375, cut from scikit-learn's.
+Stages are timed separately on one core in process time, which other load hardly affects. `loader`
+is the whole pipeline over the workers in wall time. Without a data set, the images are crops of
+scikit-learn's photographs with ImageNet's typical size, 500x375.
 """
 
 import tempfile
@@ -23,7 +23,7 @@ from ttame_jax.data import Source, load_source, train_batches
 from ttame_jax.data.transforms import DRAFT_MARGIN, decode, evaluation_image, random_crop
 
 SIZE = (500, 375)
-QUALITY = 97  # makes as many bytes of these photographs as ImageNet's have, 110,000
+QUALITY = 97  # gives these photographs the file size of ImageNet's, 110,000 bytes
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Options(Setting):
     dataset: str | None = None
     """A TFDS data set or folder:DIR; None makes images."""
     data_dir: str | None = None
-    """Where TFDS keeps its data sets."""
+    """Folder of the TFDS data sets."""
     split: str = "train"
     """Of the data set."""
     limit: int = 64
     """Number of different images."""
     workers: int = 0
-    """Processes of the loader; 0 is threads of this one."""
+    """Worker processes of the loader; 0 uses threads."""
 
 
 def run(options: Options) -> dict:
@@ -49,7 +49,7 @@ def run(options: Options) -> dict:
 
 
 def timed(source: Source, options: Options) -> dict:
-    # Only here, as the loader's workers import this file and need none of it.
+    # Imported here because the loader's workers import this file.
     import jax
     from ours import device, select_device
 
@@ -96,7 +96,7 @@ def timed(source: Source, options: Options) -> dict:
 
 
 def loader(source: Source, preprocessing, options: Options) -> dict:
-    """Images a second from Grain, all its processes or threads together."""
+    """Images per second from Grain, over all its processes or threads."""
     batches = train_batches(
         source, preprocessing, options.batch_size, seed=0, workers=options.workers
     )
@@ -118,7 +118,7 @@ def write_photographs(folder: Path, count: int) -> None:
     photographs = load_sample_images().images
     for i in range(count):
         photograph = Image.fromarray(photographs[i % len(photographs)])
-        left, top = (rng.integers(a - b, endpoint=True) for a, b in zip(photograph.size, SIZE))
+        left, top = (int(rng.integers(a - b, endpoint=True)) for a, b in zip(photograph.size, SIZE))
         picture = photograph.crop((left, top, left + SIZE[0], top + SIZE[1]))
         if rng.random() < 0.5:
             picture = ImageOps.mirror(picture)

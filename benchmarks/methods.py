@@ -2,9 +2,9 @@
 
     python benchmarks/methods.py --backbone squeezenet1_0 --images ILSVRC2012_img_val.tar
 
-Both explain the same images with the same weights, one after the other in one process; beside
-the times stands how far the maps (scaled to [0, 1], at the size of the image) are apart. Methods
-that the package does not have are timed alone.
+Both explain the same images with the same weights in one process. The results include the
+difference of the maps (scaled to [0, 1], at the size of the image). Methods that the package does
+not have are timed alone.
 """
 
 import json
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ class Options:
 
 def main(options: Options) -> None:
     backbone = load_backbone(options.backbone, options.weights, image_size=options.image_size)
-    images = load_images(options)
+    images = load_images(options.images, options.limit, options.image_size)
     classes = np.asarray(nnx.jit(lambda backbone, x: backbone(x)[0].argmax(-1))(backbone, images))
     model = torch_model(backbone) if options.package else None
     for name in options.methods:
@@ -145,6 +146,7 @@ def package_cam(name: str, model, backbone: Backbone) -> Callable:
     class Zeroed(AblationLayerVit):
         def __call__(self, x):
             for i in range(len(self.activations)):
+                # pyrefly: ignore[bad-index]  # an array, for which NumPy's stub has a number
                 self.activations[i, :, self.indices[i]] = 0
             return self.activations
 
@@ -155,13 +157,16 @@ def package_cam(name: str, model, backbone: Backbone) -> Callable:
         "scorecam": package.ScoreCAM,
         "ablationcam": package.AblationCAM,
     }[name]
-    options = {"reshape_transform": _as_places} if tokens else {}
+    options: dict[str, Any] = {"reshape_transform": _as_places} if tokens else {}
     if name == "ablationcam":
         options["ablation_layer"] = Zeroed() if tokens else AblationLayer()
-    layer = model.get_submodule(family_of(backbone).torchvision.target_node(backbone))
+    torchvision = family_of(backbone).torchvision
+    assert torchvision is not None  # it has built the model
+    layer = model.get_submodule(torchvision.target_node(backbone))
 
     def run(images, classes):
-        targets = [ClassifierOutputTarget(int(label)) for label in classes]
+        # The package calls its targets modules, and takes any function.
+        targets: list[Any] = [ClassifierOutputTarget(int(label)) for label in classes]
         with cls(model, [layer], **options) as cam:
             return cam(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), targets)
 

@@ -1,9 +1,10 @@
-"""T-TAME of this project under a benchmark's setting: its models, FLOPs, memory and device."""
+"""This project's models under a benchmark's setting, with their FLOPs, memory and device."""
 
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from math import prod
+from typing import Any
 from unittest import mock
 
 import jax
@@ -77,7 +78,7 @@ def peak_flops(precision: str) -> float | None:
 
 def memory(compiled: jax.stages.Compiled) -> dict[str, int | None]:
     """Bytes that a compiled program needs, and the most that its device has held so far."""
-    needs = compiled.memory_analysis()
+    needs: Any = compiled.memory_analysis()
     statistics = jax.devices()[0].memory_stats() or {}
     return {
         "program_memory_bytes": needs.argument_size_in_bytes
@@ -100,7 +101,8 @@ def layer_flops(function: Callable, *arguments) -> int:
 def _jaxpr_flops(jaxpr: Jaxpr) -> int:
     total = 0
     for equation in jaxpr.eqns:
-        shapes = [variable.aval.shape for variable in (*equation.invars, *equation.outvars)]
+        variables: list[Any] = [*equation.invars, *equation.outvars]  # all of them arrays
+        shapes = [variable.aval.shape for variable in variables]
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             total += 2 * prod(shapes[-1]) * prod(shapes[0][axis] for axis in contracted)

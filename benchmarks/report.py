@@ -3,9 +3,9 @@
     make bench                # or: python benchmarks/report.py
     make bench DEVICE=cuda
 
-On a GPU or TPU in bfloat16, at the batch size that trains fastest; with PyTorch beside it under
-torch.compile and autocast. Each benchmark is a process of its own: a failure is reported in its
-place, and the others go on.
+On a GPU or TPU it uses bfloat16 and the batch size with the fastest training. On a GPU, PyTorch
+runs with torch.compile and autocast. Each benchmark runs in its own process; a failure is reported
+in its place.
 """
 
 import json
@@ -13,7 +13,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -139,11 +139,12 @@ def table(rows: dict[str, dict], columns: dict[str, str]) -> str:
 
 
 def shown(result: dict, path: str) -> str:
+    value: Any = result
     for key in path.split("."):
-        result = result.get(key) if isinstance(result, dict) else None
-    if isinstance(result, int | float) and path.endswith("_bytes"):
-        result /= 1e9
-    return f"{result:.3g}" if isinstance(result, float) else str("" if result is None else result)
+        value = value.get(key) if isinstance(value, dict) else None
+    if isinstance(value, int | float) and path.endswith("_bytes"):
+        value /= 1e9
+    return f"{value:.3g}" if isinstance(value, float) else str("" if value is None else value)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from PIL import Image, ImageOps
@@ -47,7 +48,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    images = load_images(options)
+    images = load_images(options.images, options.limit, options.image_size)
     maps = random_maps(options)
     percentages = PROTOCOLS["paper"].percentages
     ours, package, residual = {}, {}, 0.0
@@ -107,7 +108,7 @@ def remove(images: np.ndarray, ranks: np.ndarray, percentage: int) -> None:
 
 
 def worst_residual(images: np.ndarray, ranks: np.ndarray, percentage: int) -> float:
-    removed = ranks < pixel_count(percentage, ranks[0].size)
+    removed = jnp.asarray(ranks < pixel_count(percentage, ranks[0].size))
     return float(relative_residual(impute(images, removed), removed).max())
 
 
@@ -136,22 +137,23 @@ def random_maps(options: Options) -> np.ndarray:
     rng = np.random.default_rng(0)
     size = (options.image_size, options.image_size)
     coarse = rng.random((options.limit, options.grid, options.grid), np.float32)
-    return np.stack([Image.fromarray(values).resize(size, Image.BILINEAR) for values in coarse])
+    grown = (Image.fromarray(values).resize(size, Image.Resampling.BILINEAR) for values in coarse)
+    return np.stack([np.asarray(image) for image in grown])
 
 
-def load_images(options: Options) -> np.ndarray:
+def load_images(path: Path | None, count: int, side: int) -> np.ndarray:
     """Standardised images [N, S, S, 3]; originals too few are repeated, turned."""
     pictures = []
-    for picture in originals(options.images):
-        fitted = ImageOps.fit(picture.convert("RGB"), (options.image_size, options.image_size))
+    for picture in originals(path):
+        fitted = ImageOps.fit(picture.convert("RGB"), (side, side))
         pictures.append(to_float(np.asarray(fitted)))
-        if len(pictures) == options.limit:
+        if len(pictures) == count:
             break
     if not pictures:
-        raise SystemExit(f"no images in {options.images}")
-    for i in range(options.limit - len(pictures)):
+        raise SystemExit(f"no images in {path}")
+    for i in range(count - len(pictures)):
         pictures.append(np.rot90(pictures[i]))
-    return np.asarray(Preprocessing().standardise(np.stack(pictures)))
+    return np.asarray(Preprocessing().standardise(jnp.stack(pictures)))
 
 
 def originals(path: Path | None) -> Iterator[Image.Image]:
@@ -166,8 +168,8 @@ def originals(path: Path | None) -> Iterator[Image.Image]:
     else:
         with tarfile.open(path) as tar:
             for member in tar:
-                if member.isfile():
-                    yield Image.open(io.BytesIO(tar.extractfile(member).read()))
+                if member.isfile() and (content := tar.extractfile(member)):
+                    yield Image.open(io.BytesIO(content.read()))
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def from_reference(path: Path, output: Path, weights: str = "torchvision") -> Tr
     """
     checkpoint = read_checkpoint(path)
     config = run_config(checkpoint, output, weights)
-    backbone = _abstract_backbone(config)
+    backbone = _abstract(config.backbone, config.backbone_config)
     attention = nnx.eval_shape(lambda: build_attention(config, backbone))
     misfit = f"{path} does not fit {config.variant} on {config.backbone}"
     tensors = complete(attention, attention_table(attention), checkpoint.attention, misfit)
@@ -297,7 +297,3 @@ def lightning_checkpoint(
 
 def _abstract(model: str, config: dict[str, Any]) -> Backbone:
     return nnx.eval_shape(lambda: load_backbone(model, **config))
-
-
-def _abstract_backbone(config: TrainConfig) -> Backbone:
-    return _abstract(config.backbone, config.backbone_config)

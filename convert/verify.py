@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -80,7 +81,9 @@ def differences(
     if attention is None:  # any mechanism reads the features
         channels = [shape[-1] for shape in backbone.feature_shapes()]
         attention = AttentionMechanism(channels, backbone.num_classes, rngs=nnx.Rngs(0))
-    module = torch_explainer(backbone, attention, explainer_config(backbone, attention, library))
+    module: Any = torch_explainer(
+        backbone, attention, explainer_config(backbone, attention, library)
+    )
     images = random_images(backbone.preprocessing.image_size, count)
     with jax.default_matmul_precision("highest"):
         logits, features = _forward(backbone, images)

@@ -94,10 +94,9 @@ class TrainConfig:
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
 
-    @property
-    def peak_learning_rate(self) -> float:
-        """`learning_rate`, scaled to the batch size by `scale_learning_rate`."""
-        larger = self.batch_size / REFERENCE_BATCH_SIZE
+    def peak_learning_rate(self, batch_size: int) -> float:
+        """`learning_rate`, scaled to a batch size by `scale_learning_rate`."""
+        larger = batch_size / REFERENCE_BATCH_SIZE
         return self.learning_rate * larger ** _EXPONENTS[self.scale_learning_rate]
 
     def save(self, folder: Path | None = None) -> None:

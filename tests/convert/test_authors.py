@@ -175,7 +175,7 @@ def check_maps(model, module, names, folder, their_layers):
     expected = scaled(class_maps(state, run_torch(module, names, images))[:, [1, 998]])
     np.testing.assert_allclose(maps, expected.numpy(), atol=1e-5)
 
-    back = authors_state(explainer.backbone, explainer.attention, 7)
+    back = authors_state(explainer.backbone, explainer.method.attention, 7)
     for key, tensor in content["state_dict"].items():
         np.testing.assert_array_equal(back[key], tensor.numpy())
     for key, value in to_torch(explainer.backbone, "torchvision").items():

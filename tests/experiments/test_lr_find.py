@@ -69,7 +69,7 @@ def test_table_and_plot_show_every_rate_and_epoch(finished):
         assert float(row["IC_15"]) == pytest.approx(line["IC_15"], abs=1e-3)
     table = (config.output / "lr_find.md").read_text()
     assert table.count("**") == 2
-    assert "**{AD_15:.1f}/{IC_15:.1f}**".format(**best.measured) in table
+    assert "**{AD_15:.1f}/{IC_15:.1f}**".format(**best.figures) in table
     with Image.open(config.output / "lr_find.png") as picture:
         assert picture.width > 600
 
@@ -83,7 +83,7 @@ def test_the_best_point_is_the_checkpoint_that_its_run_explains_with(finished):
     }
     assert (best.run.learning_rate, best.epochs) == max(scores, key=scores.get)
     attention = build_attention(best.run, build_backbone(best.run))
-    assert load_attention(best.run.output, attention) == best.measured["step"]
+    assert load_attention(best.run.output, attention) == best.figures["step"]
 
 
 def test_the_command_of_the_best_setting_is_printed(finished, trained, capsys):
@@ -179,8 +179,8 @@ def test_rates_that_diverged_are_never_the_best(pictures, tmp_path):
     ("words", "message"),
     [
         (["--rates"], "no rate given"),
-        (["--rates", "1e-3,0"], "learning_rate must be above 0, not 0.0"),
-        (["--rates", "nan"], "learning_rate must be above 0, not nan"),
+        (["--rates", "1e-3,0"], "learning_rate must be positive, not 0.0"),
+        (["--rates", "nan"], "learning_rate must be positive, not nan"),
         (["--epochs-grid", "4", "0"], "epochs must be at least 1, not 0"),
         (["--validation-images", "0"], "--validation-images must be at least 1"),
     ],

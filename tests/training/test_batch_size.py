@@ -111,7 +111,7 @@ def test_what_the_compiler_refuses_does_not_fit(monkeypatch):
 def test_a_step_that_never_fits_is_refused(monkeypatch):
     give(monkeypatch, 8 * BYTES - 1)
     with pytest.raises(
-        ValueError, match="not even one image a device fits: a step of 8 needs 100%"
+        ValueError, match="one image per device does not fit: a step of 8 needs 100%"
     ):
         largest_batch(compiler(lambda x: x + 1), 5000)
 
@@ -169,7 +169,7 @@ def test_the_rate_follows_the_batch_by_the_rule(rule, peak, config):
 @pytest.mark.parametrize("rule", ["none", "sqrt", "linear"])
 def test_the_papers_batch_has_the_rate_as_given(rule, config):
     config = dataclasses.replace(config, batch_size=32, scale_learning_rate=rule)
-    assert config.peak_learning_rate == config.learning_rate
+    assert config.peak_learning_rate(config.batch_size) == config.learning_rate
 
 
 def test_a_runs_command_gives_its_configuration(config, monkeypatch):

@@ -172,7 +172,7 @@ from ttame_jax.startup import Processes, joined
 run, dataset, output, address, index = sys.argv[1:]
 with joined(Processes(address, 2, int(index), 10)):
     explainer = load_explainer(run)
-    method = TTAME(explainer.backbone, explainer.attention)
+    method = TTAME(explainer.backbone, explainer.method.attention)
     source = load_source(dataset, "validation")
     evaluator = Evaluator(method, source, metrics=("ad", "ic", "road"), batch_size=8)
     rows = evaluator()
@@ -187,7 +187,7 @@ def test_evaluation_by_two_processes_gives_the_figures_of_one(whole, pictures, t
     launcher.finish(*(launcher.start([*words, address, str(i)], devices=2) for i in range(2)))
     explainer = load_explainer(whole)
     source = load_source(f"folder:{pictures}", "validation")
-    method = TTAME(explainer.backbone, explainer.attention)
+    method = TTAME(explainer.backbone, explainer.method.attention)
     expected = Evaluator(method, source, metrics=MEASURES, batch_size=8)()
     for i in range(2):
         rows = json.loads((tmp_path / f"{i}.json").read_text())

@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
 from ttame_jax.preprocessing import Preprocessing
 
@@ -148,29 +147,21 @@ class EfficientNet(Backbone):
 
     architecture: Architecture
 
-    def __init__(
-        self,
-        name: str,
-        architecture: Architecture,
-        *,
-        features: str | None = None,
-        dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        super().__init__(name, architecture, features=features, dtype=dtype)
+    def __init__(self, name: str, architecture: Architecture, *, rngs: nnx.Rngs, **options: Any):
+        super().__init__(name, architecture, **options)
         self.feature_layers, self.target_layer = _feature_layers(architecture), "conv_head"
         self.activate = ACTIVATIONS[architecture.activation]
-        options: dict[str, Any] = {"dtype": self.dtype, "rngs": rngs}
+        layer_options: dict[str, Any] = {"dtype": self.dtype, "rngs": rngs}
         channels = architecture.stem
-        self.stem = ConvNorm(3, channels, 3, 2, architecture, **options)
+        self.stem = ConvNorm(3, channels, 3, 2, architecture, **layer_options)
         self.stages = nnx.List()
         for blocks in architecture.stages:
             stage = nnx.List()
             for block in blocks:
-                stage.append(MBConv(channels, block, architecture, **options))
+                stage.append(MBConv(channels, block, architecture, **layer_options))
                 channels = Block(*block).width
             self.stages.append(stage)
-        self.conv_head = ConvNorm(channels, architecture.head, 1, 1, architecture, **options)
+        self.conv_head = ConvNorm(channels, architecture.head, 1, 1, architecture, **layer_options)
         self.head = nnx.Linear(architecture.head, self.num_classes, dtype=jnp.float32, rngs=rngs)
 
     def named_layers(self):

@@ -4,23 +4,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .base import Architecture, Backbone
+from .base import Architecture
 from .tensors import Table
 
 Call = tuple[str, dict[str, Any]]
 """A function or model name of a library, and its keyword arguments."""
-
-
-def _no_call(backbone: Backbone) -> Call | None:
-    return None
-
-
-def _no_options(backbone: Backbone) -> dict[str, Any]:
-    return {}
-
-
-def _no_refusals(module: Any) -> Iterator[str]:
-    return iter(())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +27,8 @@ class Library:
     models: Mapping[str, str]
     tensors: Callable[[Any], Table]
     feature_nodes: Callable[[Any], list[str]]
-    options: Callable[[Any], dict[str, Any]] = _no_options
-    build: Callable[[Any], Call | None] = _no_call
+    options: Callable[[Any], dict[str, Any]] = lambda backbone: {}
+    build: Callable[[Any], Call | None] = lambda backbone: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +62,7 @@ class Timm(Library):
     files: tuple[str, ...]
     layers: frozenset[str]
     read: Callable[[Any], dict[str, Any]]
-    refusals: Callable[[Any], Iterator[str]] = _no_refusals
+    refusals: Callable[[Any], Iterator[str]] = lambda module: iter(())
     image_size: Callable[[Any], int | None] = lambda module: None
 
 

@@ -7,7 +7,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
 from ttame_jax.compilers import max_pool
 from ttame_jax.preprocessing import DIGITS
@@ -137,22 +136,14 @@ class ResNet(Backbone):
 
     architecture: Architecture
 
-    def __init__(
-        self,
-        name: str,
-        architecture: Architecture,
-        *,
-        features: str | None = None,
-        dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        super().__init__(name, architecture, features=features, dtype=dtype)
+    def __init__(self, name: str, architecture: Architecture, *, rngs: nnx.Rngs, **options: Any):
+        super().__init__(name, architecture, **options)
         ends = tuple(f"layers.{i}.{depth - 1}" for i, depth in enumerate(architecture.depths))
         self.feature_layers, self.target_layer = ends[-3:], ends[-1]
-        options: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "rngs": rngs}
+        layer_options: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "rngs": rngs}
         channels, self.stem = 3, nnx.List()
         for width in architecture.stem[:-1]:
-            self.stem.append(ConvNorm(channels, width, 3, 1 if self.stem else 2, **options))
+            self.stem.append(ConvNorm(channels, width, 3, 1 if self.stem else 2, **layer_options))
             channels = width
         kernel, stride = (3, 1) if self.stem else (7, 2)
         self.conv1 = Conv(
@@ -161,7 +152,7 @@ class ResNet(Backbone):
             (kernel, kernel),
             strides=stride,
             padding=kernel // 2,
-            **options,
+            **layer_options,
         )
         channels = architecture.stem[-1]
         self.bn1 = FrozenBatchNorm(channels)
@@ -171,7 +162,7 @@ class ResNet(Backbone):
             layer: nnx.List[BasicBlock | Bottleneck] = nnx.List()
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
-                layer.append(block(channels, width, stride, architecture, **options))
+                layer.append(block(channels, width, stride, architecture, **layer_options))
                 channels = width * block.expansion
             self.layers.append(layer)
         self.fc = nnx.Linear(channels, self.num_classes, dtype=jnp.float32, rngs=rngs)

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
 from ttame_jax.compilers import max_pool
 
@@ -46,27 +45,19 @@ class SqueezeNet(Backbone):
     rise_masks = 4000
     architecture: Architecture
 
-    def __init__(
-        self,
-        name: str,
-        architecture: Architecture,
-        *,
-        features: str | None = None,
-        dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        super().__init__(name, architecture, features=features, dtype=dtype)
+    def __init__(self, name: str, architecture: Architecture, *, rngs: nnx.Rngs, **options: Any):
+        super().__init__(name, architecture, **options)
         self.min_size = architecture.min_size
         self.target_layer = f"stages.2.{len(architecture.stages[2]) - 1}"
         self.feature_layers = ("stages.1.pool", "stages.2.pool", self.target_layer)
-        options: dict[str, Any] = {"dtype": self.dtype, "rngs": rngs}
+        layer_options: dict[str, Any] = {"dtype": self.dtype, "rngs": rngs}
         width, kernel = architecture.stem_width, architecture.stem_kernel
-        self.stem = Conv(3, width, (kernel, kernel), strides=2, **options)
+        self.stem = Conv(3, width, (kernel, kernel), strides=2, **layer_options)
         self.stages = nnx.List()
         for plan in architecture.stages:
             stage = nnx.List()
             for squeeze, expand in plan:
-                stage.append(Fire(width, squeeze, expand, **options))
+                stage.append(Fire(width, squeeze, expand, **layer_options))
                 width = 2 * expand
             self.stages.append(stage)
         self.head = Conv(width, self.num_classes, (1, 1), dtype=jnp.float32, rngs=rngs)

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
 from ttame_jax.compilers import max_pool, unfused_relu
 
@@ -50,32 +49,26 @@ class VGG(Backbone):
     min_size = 32
     architecture: Architecture
 
-    def __init__(
-        self,
-        name: str,
-        architecture: Architecture,
-        *,
-        features: str | None = None,
-        dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        super().__init__(name, architecture, features=features, dtype=dtype)
+    def __init__(self, name: str, architecture: Architecture, *, rngs: nnx.Rngs, **options: Any):
+        super().__init__(name, architecture, **options)
         depths = architecture.depths
         convolutions = [f"stages.{i}.{depth - 1}" for i, depth in enumerate(depths)]
         pools = [f"stages.{i}.pool" for i in range(len(depths))]
         layers = pools if self.features == "pool" else convolutions
         self.feature_layers, self.target_layer = tuple(layers[-3:]), convolutions[-1]
-        options: dict[str, Any] = {"dtype": self.dtype, "rngs": rngs}
+        layer_options: dict[str, Any] = {"dtype": self.dtype, "rngs": rngs}
         in_features = 3
         self.stages = nnx.List()
         for depth, width in zip(depths, WIDTHS):
             stage = nnx.List()
             for _ in range(depth):
-                stage.append(ConvBlock(in_features, width, architecture.batch_norm, **options))
+                stage.append(
+                    ConvBlock(in_features, width, architecture.batch_norm, **layer_options)
+                )
                 in_features = width
             self.stages.append(stage)
-        self.fc1 = nnx.Linear(in_features * GRID**2, 4096, **options)
-        self.fc2 = nnx.Linear(4096, 4096, **options)
+        self.fc1 = nnx.Linear(in_features * GRID**2, 4096, **layer_options)
+        self.fc2 = nnx.Linear(4096, 4096, **layer_options)
         self.head = nnx.Linear(4096, self.num_classes, dtype=jnp.float32, rngs=rngs)
 
     def named_layers(self):

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 
 from ttame_jax.compilers import attend, gelu
 from ttame_jax.preprocessing import DIGITS, Preprocessing
@@ -124,16 +123,8 @@ class ViT(Backbone):
     feature_kinds = ("block", "norm")
     architecture: Architecture
 
-    def __init__(
-        self,
-        name: str,
-        architecture: Architecture,
-        *,
-        features: str | None = None,
-        dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        super().__init__(name, architecture, features=features, dtype=dtype)
+    def __init__(self, name: str, architecture: Architecture, *, rngs: nnx.Rngs, **options: Any):
+        super().__init__(name, architecture, **options)
         width, patch = architecture.width, architecture.patch_size
         size = self.preprocessing.image_size
         if size % patch or width % architecture.num_heads:
@@ -147,15 +138,19 @@ class ViT(Backbone):
         self.target_layer = f"blocks.{last[-1]}.norm1"
         self.side = size // patch
         self.prefix_tokens = architecture.class_token + architecture.registers
-        options: dict[str, Any] = {"dtype": self.dtype, "rngs": rngs}
-        norm_options: dict[str, Any] = {**options, "epsilon": architecture.epsilon}
+        layer_options: dict[str, Any] = {"dtype": self.dtype, "rngs": rngs}
+        norm_options: dict[str, Any] = {**layer_options, "epsilon": architecture.epsilon}
 
         def tokens(count: int) -> nnx.Param:
             normal = nnx.initializers.normal(0.02)
             return nnx.Param(normal(rngs.params(), (1, count, width)))
 
         self.patch_embed = nnx.LinearGeneral(
-            (patch, patch, 3), width, axis=(-3, -2, -1), use_bias=architecture.patch_bias, **options
+            (patch, patch, 3),
+            width,
+            axis=(-3, -2, -1),
+            use_bias=architecture.patch_bias,
+            **layer_options,
         )
         self.cls_token = tokens(1) if architecture.class_token else None
         self.reg_token = tokens(architecture.registers) if architecture.registers else None
@@ -164,7 +159,9 @@ class ViT(Backbone):
         patches = sincos_positions(self.side, width)
         self.pos_embed[:, self.embedded_prefix :] = jnp.asarray(patches)
         self.pre_norm = nnx.LayerNorm(width, **norm_options) if architecture.pre_norm else None
-        self.blocks = nnx.List([Block(architecture, **options) for _ in range(architecture.depth)])
+        self.blocks = nnx.List(
+            [Block(architecture, **layer_options) for _ in range(architecture.depth)]
+        )
         self.norm = nnx.LayerNorm(width, **norm_options)
         self.head = nnx.Linear(width, self.num_classes, dtype=jnp.float32, rngs=rngs)
 

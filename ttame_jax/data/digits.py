@@ -7,6 +7,7 @@ share no handwritten digit. TFDS generates the data set in seconds, without Tens
 """
 
 import io
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds

@@ -116,6 +116,7 @@ def evaluation_batches(
     padded = np.pad(chosen, (0, -len(chosen) % (batch_size * process_count)), constant_values=-1)
     shard = padded.reshape(-1, process_count, batch_size)[:, process_index].ravel()
     load = functools.partial(_load_for_evaluation, source, preprocessing, boxes)
+    # pyrefly: ignore[bad-argument-type]  # an array is a sequence
     dataset = grain.MapDataset.source(shard).map(load).batch(batch_size)
     return Batches(dataset, source, workers, images=int((shard >= 0).sum()))
 

@@ -148,7 +148,9 @@ class TfdsSource(Source):
             self.class_names = features[self._label].names
         try:
             self._records: Any = builder.as_data_source(
-                self._split, decoders={self._image: tfds.decode.SkipDecoding()}
+                # pyrefly: ignore[bad-argument-type]  # TFDS's decorator hides the signature
+                self._split,
+                decoders={self._image: tfds.decode.SkipDecoding()},
             )
         except NotImplementedError as error:
             raise FileNotFoundError(
@@ -269,7 +271,6 @@ def _prepare(builder, manual_dir: str | Path | None):
 
 def _builder(dataset: str, data_dir: str | Path | None, **kwargs):
     try:
-        # pyrefly: ignore[bad-argument-type]  # TFDS decorates the function without a signature
         return tfds.builder(dataset, data_dir=data_dir, **kwargs)
     except tfds.core.DatasetNotFoundError as error:
         raise ValueError(

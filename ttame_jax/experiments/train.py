@@ -33,7 +33,7 @@ def make_validate(trainer: Trainer) -> Validate | None:
         source,
         masking=trainer.masking,
         indices=select(source, config.validation_list, config.validation_images),
-        batch_size=config.batch_size,
+        batch_size=trainer.batch_size,
     )
 
     def validate(state: TrainState) -> dict[str, float]:

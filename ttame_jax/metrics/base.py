@@ -44,7 +44,7 @@ class Sample:
     masking: Masking
     index: jax.Array
     key: jax.Array
-    inside: jax.Array | None = None
+    inside: Any = None
 
     @cached_property
     def standardised(self) -> jax.Array:

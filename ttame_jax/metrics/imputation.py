@@ -13,7 +13,7 @@ float32 is then unbiased. A large hole would amplify a bias.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -193,7 +193,7 @@ def _laplacian(free: jax.Array) -> Callable[[jax.Array], jax.Array]:
 def _weighted(fields: Fields, x: jax.Array) -> jax.Array:
     """Applies a stencil: sums each pixel and its eight neighbours times their coefficients."""
     terms = (f * s for row in zip(fields, _shifts(x)) for f, s in zip(*row))
-    return reduce(operator.add, terms)
+    return reduce(jnp.add, terms)
 
 
 def _shifts(x: jax.Array) -> list[list[jax.Array]]:

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable
 from typing import Any
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils

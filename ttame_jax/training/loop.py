@@ -61,10 +61,12 @@ class Trainer:
         self.masking = config.masking or self.backbone.masking
         self.backbone_state = replicate(nnx.state(self.backbone), self.mesh)
         self.source = load_source(config.dataset, config.train_split, config.data_dir)
-        if config.batch_size == "auto":
+        batch_size = config.batch_size
+        if batch_size == "auto":
             batch_size = largest_batch(self._compiled_step, len(self.source))
-            self.config = config = dataclasses.replace(config, batch_size=batch_size)
-        self.plan = self._plan(config.batch_size)
+            self.config = dataclasses.replace(config, batch_size=batch_size)
+        self.batch_size = batch_size
+        self.plan = self._plan(batch_size)
         if self.plan.total_steps == 0:
             raise ValueError(
                 f"{config.dataset} has {len(self.source)} images, less than one batch: "
@@ -105,7 +107,7 @@ class Trainer:
                     log.advance()
                     if step % config.log_every == 0 or step == plan.total_steps:
                         rate = learning_rate(step - 1)
-                        log.write(step, {**metrics, "learning_rate": rate}, config.batch_size)
+                        log.write(step, {**metrics, "learning_rate": rate}, self.batch_size)
                     stop = preempted(step)
                     if step % plan.steps_per_epoch == 0:
                         figures = validate(state) if validate else None
@@ -119,10 +121,10 @@ class Trainer:
             say(f"done: ttame explain IMAGE --run {config.output} --output DIR")
 
     def _plan(self, batch_size: int) -> Plan:
-        config = dataclasses.replace(self.config, batch_size=batch_size)
+        config = self.config
         steps_per_epoch = len(self.source) // batch_size
         total_steps = config.epochs * steps_per_epoch
-        cycle = OneCycle(config.peak_learning_rate, total_steps)
+        cycle = OneCycle(config.peak_learning_rate(batch_size), total_steps)
         optimizer = one_cycle_sgd(cycle)
         step = make_train_step(
             self.backbone,
@@ -150,7 +152,7 @@ class Trainer:
         return train_batches(
             self.source,
             self.backbone.preprocessing,
-            self.config.batch_size // jax.process_count(),
+            self.batch_size // jax.process_count(),
             seed=self.config.seed,
             flip=self.config.flip,
             workers=self.config.workers,
@@ -165,7 +167,7 @@ class Trainer:
         say(
             f"{start}: {len(devices)} x {devices[0].device_kind}, {self.backbone.name} frozen, "
             f"{trained:,} trained parameters, {len(self.source):,} images, "
-            f"{self.plan.total_steps:,} steps of {self.config.batch_size}, "
+            f"{self.plan.total_steps:,} steps of {self.batch_size}, "
             f"peak rate {self.plan.cycle.peak:g}"
         )
 
