@@ -2,9 +2,14 @@ import os
 import tempfile
 from pathlib import Path
 
-# Before JAX starts: eight simulated devices, so that every compiled step is really parallel.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Before JAX starts: eight simulated devices, so that every compiled step is really parallel, and
+# programs that compile quickly, since most of them run only once.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+    ]
 )
 
 # Compiled programs are kept for these tests and the processes that they start, and not longer.

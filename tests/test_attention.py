@@ -8,6 +8,8 @@ from flax import nnx
 from ttame_jax.attention import VARIANTS, AttentionMechanism, BatchNorm
 from ttame_jax.masking import upsample
 
+pytestmark = pytest.mark.quick
+
 CHANNELS, SIZES, CLASSES = (4, 6, 5), (8, 4, 3), 11
 
 

@@ -5,6 +5,8 @@ import pytest
 from ttame_jax.methods import list_methods, method_title
 from ttame_jax.metrics import list_metrics
 
+pytestmark = pytest.mark.quick
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 

@@ -11,6 +11,8 @@ from ttame_jax import TTAME, AttentionMechanism, Explainer, load_backbone, load_
 from ttame_jax.config import TrainConfig
 from ttame_jax.experiments.train import train
 
+pytestmark = pytest.mark.quick
+
 IMAGES = np.random.default_rng(0).uniform(size=(3, 32, 32, 3)).astype(np.float32)
 
 

@@ -7,6 +7,8 @@ import torch
 from ttame_jax import losses
 from ttame_jax.losses import LossConfig, total_loss
 
+pytestmark = pytest.mark.quick
+
 
 def torch_loss(maps, logits, classes, recipe):
     """The spec's formulas, literally: maps [B, K, H, W], weights 1.5, 2, 0.005, 0.3."""

@@ -6,6 +6,8 @@ import torch
 from ttame_jax.masking import mask_images, min_max_scale, upsample
 from ttame_jax.preprocessing import Preprocessing
 
+pytestmark = pytest.mark.quick
+
 
 def test_min_max_scale_spans_0_to_1_per_map():
     maps = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype(np.float32) * 9

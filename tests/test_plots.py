@@ -1,7 +1,10 @@
 import numpy as np
+import pytest
 from PIL import Image
 
 from ttame_jax.plots import explanation_figure, heatmap, overlay, save_figure
+
+pytestmark = pytest.mark.quick
 
 
 def test_heatmap_runs_from_blue_to_red_at_the_images_size():

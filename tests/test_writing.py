@@ -6,6 +6,8 @@ from etils import epath
 
 from ttame_jax.files import absolute, in_bucket, write_atomically
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("kind", [str, Path, epath.Path])
 def test_files_are_replaced_whole_and_nothing_else_is_left(tmp_path, kind):

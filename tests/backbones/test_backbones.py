@@ -18,7 +18,6 @@ SMALL = [
     ("squeezenet1_1", {"image_size": 64}),
     ("digits_cnn", {}),
     ("vit", TINY_VIT),
-    ("tf_efficientnet_lite0", {"image_size": 64}),
 ]
 
 

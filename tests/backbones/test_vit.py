@@ -1,11 +1,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from jax.sharding import PartitionSpec as P
 
 from ttame_jax.backbones.vit import gelu
 from ttame_jax.mesh import AXIS, data_mesh
+
+pytestmark = pytest.mark.quick
 
 VALUES = np.linspace(-8, 8, 1024, dtype=np.float32)
 

@@ -13,6 +13,8 @@ from ttame_jax.preprocessing import Preprocessing
 from ttame_jax.weights import load_backbone, save_backbone
 from ttame_jax.weights.transfer import parameters, to_torch
 
+pytestmark = pytest.mark.quick
+
 torch = pytest.importorskip("torch")
 
 

@@ -134,15 +134,17 @@ def test_every_published_variant_has_the_tensors_of_the_real_module():
 
     torchvision = import_torchvision()
     timm = pytest.importorskip("timm")
-    for layout, models in ((library, published(library)) for library in ("torchvision", "timm")):
-        for name, model in models.items():
+    create = {
+        "torchvision": torchvision.models.get_model,
+        "timm": lambda model: timm.create_model(model.partition(".")[0]),
+    }
+    models = {library: published(library) for library in create}
+    for name in dict.fromkeys(name for names in models.values() for name in names):
+        backbone = nnx.eval_shape(lambda name=name: load_backbone(name))
+        paths = sorted(parameters(backbone))
+        for library in (library for library in create if name in models[library]):
             with torch.device("meta"):
-                if layout == "torchvision":
-                    module = torchvision.models.get_model(model)
-                else:
-                    module = timm.create_model(model.partition(".")[0])
-            backbone = nnx.eval_shape(lambda name=name: load_backbone(name))
-            ours = shapes(backbone, layout)
-            assert ours == {key: tuple(v.shape) for key, v in module.state_dict().items()}, name
-            paths = [p for _, p, _ in tables(backbone)[layout]]
-            assert sorted(paths) == sorted(parameters(backbone))
+                module = create[library](models[library][name])
+            theirs = {key: tuple(v.shape) for key, v in module.state_dict().items()}
+            assert shapes(backbone, library) == theirs, name
+            assert sorted(p for _, p, _ in tables(backbone)[library]) == paths

@@ -14,6 +14,8 @@ from ttame_jax.data.transforms import (
 )
 from ttame_jax.preprocessing import Preprocessing
 
+pytestmark = pytest.mark.quick
+
 SMALL = Preprocessing(image_size=6, resize_size=8)
 
 

@@ -7,6 +7,8 @@ from PIL import Image
 from ttame_jax.cli import main
 from ttame_jax.experiments.curves import draw
 
+pytestmark = pytest.mark.quick
+
 TENS = [str(v) for v in range(10, 100, 10)]
 
 

@@ -5,6 +5,8 @@ import pytest
 
 from ttame_jax.experiments.tables import comma_separated, comparison_tables, latex, markdown
 
+pytestmark = pytest.mark.quick
+
 
 def figures(method, ad, ic, morf, images=200, passes=1):
     return {

@@ -5,6 +5,8 @@ from ttame_jax.attention import AttentionMechanism
 from ttame_jax.methods import list_methods, load_method
 from ttame_jax.weights import load_backbone
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(scope="module")
 def cnn():

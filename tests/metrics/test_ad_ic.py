@@ -8,6 +8,8 @@ from ttame_jax.metrics.confidence import masked_confidences
 from ttame_jax.metrics.selection import relevance_rank
 from ttame_jax.preprocessing import Preprocessing
 
+pytestmark = pytest.mark.quick
+
 PREPROCESSING = Preprocessing(mean=(0, 0, 0), std=(1, 1, 1))  # standardising changes nothing
 
 

@@ -1,10 +1,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from scipy.ndimage import convolve
 
 from ttame_jax.metrics.auc import blur, deletion, insertion
 from ttame_jax.metrics.selection import relevance_rank
+
+pytestmark = pytest.mark.quick
 
 
 def left_brightness(images):

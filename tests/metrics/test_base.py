@@ -5,6 +5,8 @@ import pytest
 from ttame_jax.metrics import Metric, Sample, base, list_metrics, load_metric, load_metrics
 from ttame_jax.preprocessing import Preprocessing
 
+pytestmark = pytest.mark.quick
+
 NAMES = ["ad", "ic", "road", "road_reference", "insertion", "deletion", "pointing", "energy"]
 
 

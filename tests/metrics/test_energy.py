@@ -1,6 +1,9 @@
 import numpy as np
+import pytest
 
 from ttame_jax.metrics.energy import energy_inside
+
+pytestmark = pytest.mark.quick
 
 
 def test_the_share_is_that_of_the_sum_not_of_the_pixels():

@@ -1,8 +1,11 @@
 import numpy as np
+import pytest
 
 from ttame_jax.data.transforms import inside_boxes
 from ttame_jax.metrics.pointing import hits
 from ttame_jax.preprocessing import Preprocessing
+
+pytestmark = pytest.mark.quick
 
 WHOLE = Preprocessing(image_size=64, resize_size=64)
 

@@ -4,6 +4,8 @@ import pytest
 
 from ttame_jax.metrics.selection import pixel_count, relevance_rank
 
+pytestmark = pytest.mark.quick
+
 
 def top_mask(maps, percent):
     return relevance_rank(maps) < pixel_count(percent, maps[0].size)

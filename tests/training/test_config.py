@@ -8,6 +8,8 @@ from ttame_jax.cli import main
 from ttame_jax.config import TrainConfig
 from ttame_jax.runs import load_config
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("bucket", [False, True])
 def test_a_run_folder_may_be_in_a_bucket(tmp_path, monkeypatch, bucket):

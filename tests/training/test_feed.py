@@ -11,6 +11,8 @@ from ttame_jax.mesh import data_mesh
 from ttame_jax.training import feed as feed_module
 from ttame_jax.training.feed import Feed
 
+pytestmark = pytest.mark.quick
+
 
 class Numbered:
     """Batches 0, 1, 2, ... that count themselves, made only while `ready` allows it."""

@@ -8,6 +8,8 @@ import pytest
 from ttame_jax.training import log
 from ttame_jax.training.log import JsonLines, Log
 
+pytestmark = pytest.mark.quick
+
 
 def steps(path):
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]

@@ -75,7 +75,7 @@ def test_a_run_writes_what_it_promises(config, capfd):
     assert {"AD_100", "IC_100", "AD_50", "IC_50", "AD_15", "IC_15"} < set(measured[0])
     assert list((config.output / "tensorboard").glob("events*"))
     said = capfd.readouterr().err
-    assert "starting: 8 x cpu, vit frozen, 3,845 parameters trained, 64 images, 12 steps" in said
+    assert "starting: 8 x cpu, vit frozen, 3,845 trained parameters, 64 images, 12 steps" in said
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(config, tmp_path):

@@ -6,6 +6,8 @@ import torch
 
 from ttame_jax.training.optimizer import OneCycle, one_cycle_sgd
 
+pytestmark = pytest.mark.quick
+
 STEPS, PEAK = 100, 0.02
 
 
