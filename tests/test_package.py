@@ -1,6 +1,7 @@
 """What is installed, and that it does not depend on where it runs."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,10 +14,14 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """The unpacked wheel."""
+    """The unpacked wheel, built from a clean copy."""
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir"]
-    subprocess.run([*command, str(folder), "--no-build-isolation", str(ROOT)], check=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("ttame_jax", "convert", "configs"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", "."]
+    subprocess.run([*command, "--no-build-isolation", "."], cwd=folder, check=True)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
         file.extractall(folder / "site")

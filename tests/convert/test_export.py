@@ -80,7 +80,8 @@ def test_onnx_computes_the_same_maps_for_any_batch(make_run, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     make_run(tmp_path / "run")
-    _, model, attention, _ = load_run(tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    model, attention = run.backbone, run.attention
     config = explainer_config(model, attention)
     export_onnx(torch_explainer(model, attention, config), config, tmp_path / "explainer.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "explainer.onnx")
@@ -166,7 +167,8 @@ def test_verify_measures_every_library_and_fails_above_the_tolerance(make_run, t
 
 def test_verify_sees_each_wrong_part(make_run, tmp_path, monkeypatch):
     make_run(tmp_path / "run", "vit")
-    _, backbone, attention, _ = load_run(tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    backbone, attention = run.backbone, run.attention
     clean = differences(backbone, attention, "timm")
     assert max(clean.values()) < 1e-5
     from ttame_jax.convert import export

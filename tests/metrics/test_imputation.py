@@ -100,10 +100,14 @@ def test_few_iterations_reach_the_stated_residual(monkeypatch):
     monkeypatch.setattr(imputation, "MAX_ITERATIONS", 8)
     removed = np.stack(list(masks().values()))
     images = np.stack([picture(SHAPE, seed) for seed in range(len(removed))])
-    got = np.asarray(jax.jit(lambda *batch: noisy_linear_imputation(*batch))(images, removed))
+    # The stated residual is that of an optimised program, which rounds less.
+    optimised = {"xla_backend_optimization_level": 3}
+    solve = jax.jit(lambda *batch: noisy_linear_imputation(*batch), compiler_options=optimised)
+    got = np.asarray(solve(images, removed))
     true = [true_residual(*case) for case in zip(got, removed)]
     assert max(true) <= RESIDUAL
-    np.testing.assert_allclose(relative_residual(got, removed), true, rtol=0.2, atol=4e-6)
+    stated = jax.jit(relative_residual, compiler_options=optimised)(got, removed)
+    np.testing.assert_allclose(stated, true, rtol=0.2, atol=4e-6)
     assert np.all(relative_residual(images, removed) > 1e-2)
 
 

@@ -19,6 +19,7 @@ from ttame_jax.data import load_source
 from ttame_jax.experiments.train import train
 from ttame_jax.methods import TTAME
 from ttame_jax.metrics.evaluation import Evaluator
+from ttame_jax.runs import load_run
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def whole(dataset, tmp_path_factory):
 
 
 def assert_same_parameters(one, other):
-    leaves = [jax.tree.leaves(nnx.state(load_explainer(run).attention)) for run in (one, other)]
+    leaves = [jax.tree.leaves(nnx.state(load_run(run).attention)) for run in (one, other)]
     for a, b in zip(*leaves, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
@@ -165,6 +166,7 @@ import json, sys
 from pathlib import Path
 import jax
 from ttame_jax import load_explainer
+from ttame_jax.runs import load_run
 from ttame_jax.data import load_source
 from ttame_jax.methods import TTAME
 from ttame_jax.metrics.evaluation import Evaluator

@@ -11,7 +11,6 @@ import pytest
 from flax import nnx
 from tiny import TINY
 
-from ttame_jax import load_explainer
 from ttame_jax.config import TrainConfig
 from ttame_jax.experiments.train import train
 from ttame_jax.losses import LossConfig
@@ -20,6 +19,7 @@ from ttame_jax.runs import (
     build_backbone,
     load_attention,
     load_config,
+    load_run,
     save_attention,
 )
 
@@ -46,7 +46,7 @@ def lines(path):
 
 
 def parameters(run_dir):
-    return jax.tree.leaves(nnx.state(load_explainer(run_dir).attention))
+    return jax.tree.leaves(nnx.state(load_run(run_dir).attention))
 
 
 def assert_same_parameters(one, other):

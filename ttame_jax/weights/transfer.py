@@ -1,5 +1,6 @@
 """Transfers parameters between PyTorch state dicts and Flax modules, exactly and completely."""
 
+import functools
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -9,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from ttame_jax.backbones import Backbone, family_of
-from ttame_jax.backbones.tensors import SAME, Entry, Table
+from ttame_jax.backbones.tensors import SAME, Entry, Table, Transform
 from ttame_jax.files import Tensors
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -56,10 +57,15 @@ def shapes(backbone: Backbone, layout: str) -> dict[str, tuple[int, ...]]:
     """The shapes of the state dict of a backbone (also an abstract one) in a layout."""
     values = parameters(backbone)
     return {
-        key: jax.eval_shape(transform.to_torch, values[path]).shape
-        for key, path, transform in tables(backbone)[layout]
-        if path is not None
+        entry.torch_key: _torch_shape(entry.transform, values[entry.flax_path].shape)
+        for entry in tables(backbone)[layout]
+        if entry.flax_path
     }
+
+
+@functools.cache  # the layers of a backbone have few different shapes
+def _torch_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return jax.eval_shape(transform.to_torch, jax.ShapeDtypeStruct(shape, np.float32)).shape
 
 
 def export(module: nnx.Module, table: Table) -> Tensors:
@@ -176,7 +182,7 @@ def _cross(module, entry: Entry, tensor: np.ndarray, needed, misfit: str) -> np.
         value = None
     if value is not None and value.shape == needed.shape:
         return value
-    shape = jax.eval_shape(transform.to_torch, jax.ShapeDtypeStruct(needed.shape, np.float32)).shape
+    shape = _torch_shape(transform, needed.shape)
     line = f"{misfit}: {key} has shape {list(tensor.shape)}, needed is {list(shape)}"
     classes = getattr(module, "num_classes", None)
     if shape and classes == shape[0] and tensor.shape[1:] == shape[1:]:
