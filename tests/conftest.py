@@ -17,9 +17,14 @@ COMPILED = tempfile.TemporaryDirectory(prefix="ttame-compiled-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
+import gc
+
 import numpy as np
 import pytest
 from PIL import Image
+
+# Traced programs are many small objects that stay: collecting them often takes minutes in all.
+gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(scope="session")

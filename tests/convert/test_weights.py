@@ -138,7 +138,11 @@ def test_every_published_variant_has_the_tensors_of_the_real_module():
         "torchvision": torchvision.models.get_model,
         "timm": lambda model: timm.create_model(model.partition(".")[0]),
     }
-    models = {library: published(library) for library in create}
+    # EfficientNet's own tests compare all of its architectures.
+    models = {
+        library: {name: model for name, model in published(library).items() if "eff" not in name}
+        for library in create
+    }
     for name in dict.fromkeys(name for names in models.values() for name in names):
         backbone = nnx.eval_shape(lambda name=name: load_backbone(name))
         paths = sorted(parameters(backbone))
