@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from running import run
 
 from ttame_jax import compilers
 from ttame_jax.backbones.layers import adaptive_average_pool
@@ -19,11 +20,6 @@ SMALL = [
     ("digits_cnn", {}),
     ("vit", TINY_VIT),
 ]
-
-
-@nnx.jit
-def run(backbone, x):
-    return backbone(x)
 
 
 def images(size, seed=0):

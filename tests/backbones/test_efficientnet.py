@@ -11,6 +11,7 @@ import torch
 from flax import nnx
 from real_images import read_images
 from references import assert_close, images, outputs
+from running import run
 from safetensors.torch import load_file
 
 from ttame_jax.backbones.efficientnet import FAMILY, _rounded
@@ -37,17 +38,6 @@ BLOCKS = [
     ["ir_r1_k3_s2_e3_c24", "ir_r1_k3_s1_e3_c24_noskip"],
     ["ds_r2_k3_s2_c32_se0.25"],
 ]
-
-
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
-@nnx.jit
-def run(backbone, x):
-    return backbone(x)
 
 
 def small(blocks=BLOCKS, **options):

@@ -1,10 +1,8 @@
 """Logits and feature maps against the real torchvision and timm modules, float32."""
 
-import jax
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 from references import (
     TINY_VIT,
     assert_close,
@@ -14,6 +12,7 @@ from references import (
     outputs,
     spatial,
 )
+from running import run
 from safetensors.torch import load_file, save_file
 
 from ttame_jax.backbones.vit import resample_pos_embed
@@ -21,17 +20,6 @@ from ttame_jax.convert.pytorch.torch_import import import_torchvision
 from ttame_jax.convert.timm_table import randomise
 from ttame_jax.weights import load_backbone
 from ttame_jax.weights.transfer import to_torch
-
-
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
-@nnx.jit
-def run(backbone, x):
-    return backbone(x)
 
 
 def carry(model, path, name, **config):

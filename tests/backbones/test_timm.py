@@ -2,11 +2,11 @@
 
 import sys
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
 from references import assert_close, images, outputs
+from running import run
 
 from ttame_jax.convert.pytorch.checkpoints import numpy_state
 from ttame_jax.convert.pytorch.torch_import import import_torchvision
@@ -22,17 +22,6 @@ CARD = {
     "mean": (0.5, 0.5, 0.5),
     "std": (0.5, 0.25, 0.5),
 }
-
-
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
-@nnx.jit
-def run(backbone, x):
-    return backbone(x)
 
 
 def check(module, nodes, x, prefix=0, **config):

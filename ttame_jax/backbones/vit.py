@@ -2,6 +2,7 @@
 register tokens, no class token, LayerScale, CLIP's first LayerNorm."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any, Literal
@@ -334,29 +335,15 @@ def _is_original(architecture: Architecture) -> bool:
     return all(getattr(architecture, name) == getattr(original, name) for name in fields)
 
 
-def _build_torchvision(backbone: ViT) -> Call | None:
-    architecture = backbone.architecture
-    if not _is_original(architecture):
-        return None
-    return "VisionTransformer", {
-        "patch_size": architecture.patch_size,
-        "num_layers": architecture.depth,
-        "num_heads": architecture.num_heads,
-        "hidden_dim": architecture.width,
-        "mlp_dim": architecture.hidden_width,
-    }
+def _sized(model: str, **fields: str) -> Callable[[ViT], Call | None]:
+    """Builds a library's model with options that are fields of the architecture."""
 
+    def build(backbone: ViT) -> Call | None:
+        if not _is_original(backbone.architecture):
+            return None
+        return model, {option: getattr(backbone.architecture, f) for option, f in fields.items()}
 
-def _build_timm(backbone: ViT) -> Call | None:
-    architecture = backbone.architecture
-    if not _is_original(architecture):
-        return None
-    return "vit_small_patch16_224", {
-        "patch_size": architecture.patch_size,
-        "embed_dim": architecture.width,
-        "depth": architecture.depth,
-        "num_heads": architecture.num_heads,
-    }
+    return build
 
 
 POOLS = {"token": "token", "avg": "average"}  # by timm's name
@@ -413,7 +400,14 @@ FAMILY = Family(
         tensors=_torchvision_tensors,
         feature_nodes=_torchvision_nodes,
         options=lambda backbone: {"image_size": backbone.preprocessing.image_size},
-        build=_build_torchvision,
+        build=_sized(
+            "VisionTransformer",
+            patch_size="patch_size",
+            num_layers="depth",
+            num_heads="num_heads",
+            hidden_dim="width",
+            mlp_dim="hidden_width",
+        ),
         target_node=lambda backbone: _last_blocks(backbone, ENCODER_LAYER + ".ln_1")[-1],
         renamed=_torchvision_renamed,
     ),
@@ -428,7 +422,13 @@ FAMILY = Family(
         tensors=_timm_tensors,
         feature_nodes=_timm_nodes,
         options=lambda backbone: {"img_size": backbone.preprocessing.image_size},
-        build=_build_timm,
+        build=_sized(
+            "vit_small_patch16_224",
+            patch_size="patch_size",
+            embed_dim="width",
+            depth="depth",
+            num_heads="num_heads",
+        ),
         module="VisionTransformer",
         files=("vision_transformer", "deit"),
         layers=frozenset(
