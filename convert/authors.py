@@ -21,7 +21,7 @@ from ttame_jax.files import Tensors, new_folder, read_safetensors
 from ttame_jax.losses import LossConfig
 from ttame_jax.preprocessing import Masking
 from ttame_jax.runs import build_attention, save_attention
-from ttame_jax.weights import load_backbone, save_backbone
+from ttame_jax.weights import abstract_backbone, save_backbone
 from ttame_jax.weights.backbones import published
 from ttame_jax.weights.transfer import BODY, complete, export, fill, to_flax, to_torch
 
@@ -133,7 +133,7 @@ def from_reference(path: Path, output: Path, weights: str = "torchvision") -> Tr
     """
     checkpoint = read_checkpoint(path)
     config = run_config(checkpoint, output, weights)
-    backbone = _abstract(config.backbone, config.backbone_config)
+    backbone = abstract_backbone(config.backbone, **config.backbone_config)
     attention = nnx.eval_shape(lambda: build_attention(config, backbone))
     misfit = f"{path} does not fit {config.variant} on {config.backbone}"
     tensors = complete(attention, attention_table(attention), checkpoint.attention, misfit)
@@ -197,8 +197,8 @@ def _layers(checkpoint: Checkpoint, model: str, config: dict) -> tuple[str | Non
     """The backbone's option `features` and the number of feature maps, from `layers`."""
     layers = checkpoint.hyper_parameters.get("layers")
     known = []
-    for features in type(_abstract(model, config)).feature_kinds or (None,):
-        nodes = authors_nodes(_abstract(model, {**config, "features": features}))
+    for features in type(abstract_backbone(model, **config)).feature_kinds or (None,):
+        nodes = authors_nodes(abstract_backbone(model, **config, features=features))
         if isinstance(layers, list) and layers and layers == nodes[-len(layers) :]:
             return features, len(layers)
         known.append(", ".join(nodes))
@@ -293,7 +293,3 @@ def lightning_checkpoint(
         "hyper_parameters": hyper_parameters,
         "state_dict": state,
     }
-
-
-def _abstract(model: str, config: dict[str, Any]) -> Backbone:
-    return nnx.eval_shape(lambda: load_backbone(model, **config))

@@ -6,18 +6,16 @@ The tensors of every model are compared by name and shape. Models of up to `--li
 parameters are also run in both libraries, with random weights.
 """
 
-import functools
 import math
 from pathlib import Path
 
 import numpy as np
 import tyro
-from flax import nnx
 from tqdm import tqdm
 
 from ttame_jax.backbones import FAMILIES
 from ttame_jax.files import write_atomically
-from ttame_jax.weights import load_backbone
+from ttame_jax.weights import abstract_backbone
 from ttame_jax.weights.timm_models import UnsupportedModel, describe
 from ttame_jax.weights.transfer import fill, parameters, to_flax, to_torch
 
@@ -86,7 +84,7 @@ def tables(supported: list[str], refused: dict[str, list[str]]) -> str:
 
 def _try(name: str, config: dict, limit: float) -> tuple[float, str]:
     """Million parameters of a model, and its difference from timm's if it is run."""
-    backbone = nnx.eval_shape(functools.partial(load_backbone, f"timm:{name}", **config))
+    backbone = abstract_backbone(f"timm:{name}", **config)
     count = sum(math.prod(value.shape) for value in parameters(backbone).values()) / 1e6
     if count > limit:
         return count, ""

@@ -3,12 +3,14 @@ import tempfile
 from pathlib import Path
 
 # Before JAX starts: eight simulated devices, so that every compiled step is really parallel, and
-# programs that compile quickly, since most of them run only once.
+# programs that compile in half the time, since most of them run only once.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
     ]
 )
 
@@ -34,6 +36,20 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"needs the shared images and weights; set TTAME_SHARED (no {path})")
     return path.resolve()
+
+
+@pytest.fixture(scope="session")
+def random_backbone():
+    """`load_backbone` with random weights, in no time."""
+
+    from random_weights import randomised
+
+    from ttame_jax.weights import abstract_backbone
+
+    def load(name, seed=0, **config):
+        return randomised(abstract_backbone(name, **config), seed)
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,7 @@ def test_class_maps_and_gradients_equal_the_literal_formula(variant, train):
         return literal(model, variant, maps, train)
 
     with jax.default_matmul_precision("highest"):
-        grad = jax.grad(run, argnums=(0, 1), has_aux=True)
+        grad = jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True), static_argnums=2)
         gradients, maps = grad(params, features(), ours)
         expected_gradients, expected = grad(params, features(), theirs)
     np.testing.assert_allclose(maps, expected, atol=1e-5 * jnp.abs(expected).max())

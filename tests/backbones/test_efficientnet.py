@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 from real_images import read_images
 from references import assert_close, images, outputs
 from running import run
@@ -18,7 +17,7 @@ from ttame_jax.backbones.efficientnet import FAMILY, _rounded
 from ttame_jax.convert.pytorch import timm
 from ttame_jax.convert.pytorch.checkpoints import numpy_state
 from ttame_jax.convert.timm_table import randomise
-from ttame_jax.weights import load_backbone, save_backbone, timm_models
+from ttame_jax.weights import abstract_backbone, load_backbone, save_backbone, timm_models
 from ttame_jax.weights.transfer import fill, parameters, to_flax, to_torch
 
 NODES = ["blocks.2", "blocks.4", "blocks.6"]
@@ -55,7 +54,7 @@ def small(blocks=BLOCKS, **options):
 def load_small(module, **config):
     """Our backbone, built and filled from the module alone."""
     described = timm_models.read(module, "timm:any")
-    backbone = nnx.eval_shape(lambda: load_backbone("timm:any", **described, **config))
+    backbone = abstract_backbone("timm:any", **described, **config)
     return fill(backbone, to_flax(backbone, numpy_state(module.state_dict())))
 
 
@@ -68,7 +67,7 @@ def check(backbone, module, nodes, x):
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "efficientnet_b0", "tf_efficientnet_b0"])
 def test_efficientnet_equals_timm(name):
     module = randomise(timm.create(name, num_classes=10))
-    backbone = nnx.eval_shape(lambda: load_backbone(name, num_classes=10))
+    backbone = abstract_backbone(name, num_classes=10)
     state = numpy_state(module.state_dict())
     fill(backbone, to_flax(backbone, state))
     check(backbone, module, NODES, images(65, 96))
@@ -101,7 +100,7 @@ def test_widths_are_rounded_to_eights_and_lose_at_most_a_tenth():
     assert {width: _rounded(width) for width in widths} == widths
 
 
-def test_features_have_strides_8_16_and_32(abstract_backbone):
+def test_features_have_strides_8_16_and_32():
     backbone = abstract_backbone("efficientnet_b0")
     assert backbone.feature_layers == ("stages.2.1", "stages.4.2", "stages.6.0")
     assert backbone.feature_shapes() == ((28, 28, 40), (14, 14, 112), (7, 7, 320))

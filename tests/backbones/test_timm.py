@@ -4,7 +4,6 @@ import sys
 
 import numpy as np
 import pytest
-from flax import nnx
 from references import assert_close, images, outputs
 from running import run
 
@@ -12,7 +11,7 @@ from ttame_jax.convert.pytorch.checkpoints import numpy_state
 from ttame_jax.convert.pytorch.torch_import import import_torchvision
 from ttame_jax.convert.timm_table import randomise
 from ttame_jax.preprocessing import Preprocessing
-from ttame_jax.weights import load_backbone, save_backbone, timm_models
+from ttame_jax.weights import abstract_backbone, load_backbone, save_backbone, timm_models
 from ttame_jax.weights.transfer import fill, parameters, to_flax, to_torch
 
 CARD = {
@@ -30,7 +29,7 @@ def check(module, nodes, x, prefix=0, **config):
     randomise(module)
     name = "timm:any"
     described = {**timm_models.read(module, name), **config}
-    backbone = nnx.eval_shape(lambda: load_backbone(name, **described))
+    backbone = abstract_backbone(name, **described)
     state = numpy_state(module.state_dict())
     fill(backbone, to_flax(backbone, state))
     logits, features = run(backbone, x)

@@ -23,7 +23,7 @@ from ttame_jax.convert.pytorch.torch_import import import_torchvision
 from ttame_jax.convert.timm_table import randomise
 from ttame_jax.convert.verify import random_images
 from ttame_jax.runs import build_attention, load_attention, load_config
-from ttame_jax.weights import load_backbone
+from ttame_jax.weights import abstract_backbone
 from ttame_jax.weights.transfer import to_torch
 
 
@@ -226,7 +226,7 @@ def test_half_precision_and_wrappers_are_undone(written, tmp_path, dtype, prefix
 
     from_reference(written(change=change), tmp_path / "run", weights="none")
     config = load_config(tmp_path / "run")
-    backbone = nnx.eval_shape(lambda: load_backbone("squeezenet1_0"))
+    backbone = abstract_backbone("squeezenet1_0")
     attention = nnx.eval_shape(lambda: build_attention(config, backbone))
     assert load_attention(tmp_path / "run", attention) == 7
     expected = attention_state(CHANNELS["squeezenet1_0"])["fuser.weight"].to(dtype).float()

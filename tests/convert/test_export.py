@@ -21,7 +21,7 @@ from ttame_jax.convert.pytorch import torch_import
 from ttame_jax.convert.pytorch.torch_import import import_torchvision
 from ttame_jax.convert.verify import differences, random_images, verify
 from ttame_jax.runs import load_run
-from ttame_jax.weights import load_backbone
+from ttame_jax.weights import abstract_backbone
 
 # Outside this project's environment, as far as that can be arranged in a subprocess.
 SCRIPT = """
@@ -189,28 +189,29 @@ def test_verify_sees_each_wrong_part(make_run, tmp_path, monkeypatch):
 
 
 def test_feature_maps_are_named_as_in_the_paper():
-    from flax import nnx
-
-    def abstract(name, **config):
-        return nnx.eval_shape(lambda: load_backbone(name, **config))
-
     def nodes(backbone, library):
         return module_config(backbone, library)["nodes"]
 
-    assert nodes(abstract("vgg16"), "torchvision") == ["features.16", "features.23", "features.30"]
-    assert nodes(abstract("vgg16_bn"), "timm") == ["features.23", "features.33", "features.43"]
-    squeezenet = abstract("squeezenet1_0")
+    assert nodes(abstract_backbone("vgg16"), "torchvision") == [
+        "features.16",
+        "features.23",
+        "features.30",
+    ]
+    assert nodes(abstract_backbone("vgg16_bn"), "timm") == [
+        "features.23",
+        "features.33",
+        "features.43",
+    ]
+    squeezenet = abstract_backbone("squeezenet1_0")
     assert nodes(squeezenet, "torchvision") == ["features.6", "features.11", "features.12"]
     assert libraries(squeezenet) == ["torchvision"]
-    assert libraries(abstract("vit_s16")) == ["torchvision", "timm"]
-    vit = abstract("vit_b16")
+    assert libraries(abstract_backbone("vit_s16")) == ["torchvision", "timm"]
+    vit = abstract_backbone("vit_b16")
     assert nodes(vit, "timm") == ["blocks.9", "blocks.10", "blocks.11"]
 
 
 def test_reference_names_are_nodes_of_torchvisions_graph():
     """What the authors' code hands to torchvision's feature extraction exists there."""
-    from flax import nnx
-
     torchvision = import_torchvision()
     from torchvision.models.feature_extraction import get_graph_node_names
 
@@ -218,9 +219,7 @@ def test_reference_names_are_nodes_of_torchvisions_graph():
         module = torchvision.models.vit_b_16()
     known = get_graph_node_names(module)[1]
     for features in ("norm", "block"):
-        backbone = nnx.eval_shape(
-            lambda features=features: load_backbone("vit_b16", features=features)
-        )
+        backbone = abstract_backbone("vit_b16", features=features)
         assert set(authors_nodes(backbone)) <= set(known)
 
 

@@ -3,11 +3,10 @@
 import dataclasses
 
 import pytest
-from flax import nnx
 
 from ttame_jax.convert.pytorch.timm import read_card
 from ttame_jax.convert.pytorch.torch_import import import_torchvision
-from ttame_jax.weights import load_backbone
+from ttame_jax.weights import abstract_backbone
 from ttame_jax.weights.backbones import published
 
 TORCHVISION, TIMM = published("torchvision"), published("timm")
@@ -19,7 +18,7 @@ pytest.importorskip("torch")
 def test_preprocessing_is_that_of_torchvisions_weights(name):
     weights = import_torchvision().models.get_model_weights(TORCHVISION[name]).IMAGENET1K_V1
     theirs = weights.transforms()
-    ours = nnx.eval_shape(lambda: load_backbone(name)).preprocessing
+    ours = abstract_backbone(name).preprocessing
     assert [ours.image_size] == theirs.crop_size and [ours.resize_size] == theirs.resize_size
     assert ours.interpolation == theirs.interpolation.value
     assert list(ours.mean) == theirs.mean and list(ours.std) == theirs.std

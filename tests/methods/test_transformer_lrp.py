@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +57,7 @@ def images():
     return jax.random.uniform(jax.random.key(1), (16, 32, 32, 3))
 
 
+@functools.cache
 def build(architecture):
     return randomised(ViT("tiny", architecture, dtype="float64", rngs=nnx.Rngs(0)))
 

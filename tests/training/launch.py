@@ -48,12 +48,14 @@ class Launcher:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        # Training needs no PyTorch, which TensorBoard's writer would import for nothing.
+        (folder / "torch.py").write_text("raise ImportError('no PyTorch here')")
         self.processes: list[subprocess.Popen] = []
 
     def start(self, command: list[str], devices: int) -> subprocess.Popen:
-        # Compiled quickly rather than well.
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        environment = os.environ | {"XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0"}
+        # The last one counts.
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+        environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(self.folder)}
         log = self.folder / f"{len(self.processes)}.log"
         with log.open("wb") as file:
             process = subprocess.Popen(

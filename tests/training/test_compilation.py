@@ -1,13 +1,10 @@
 """Programs are compiled once a run, and found again by the next."""
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import jax
 import pytest
-from launch import ROOT, train_command
+from launch import Launcher, train_command
 from tiny import TINY
 
 from ttame_jax.config import TrainConfig
@@ -54,13 +51,12 @@ def test_nothing_is_compiled_a_second_time(pictures, tmp_path, compiled):
     assert set(compiled.times) <= {0, 2, 4}
 
 
-def test_programs_are_kept_in_the_users_cache_folder(pictures, tmp_path):
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    del environment["JAX_COMPILATION_CACHE_DIR"]
+def test_programs_are_kept_in_the_users_cache_folder(pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     command = train_command(f"folder:{pictures}", tmp_path / "run", epochs=1, batch_size=32)
-    subprocess.run(
-        [sys.executable, *command], env=environment, cwd=ROOT, check=True, stderr=subprocess.DEVNULL
-    )
+    launcher = Launcher(tmp_path)
+    launcher.finish(launcher.start(command, devices=1))
     kept = [path.name for path in (tmp_path / "cache" / "ttame_jax").iterdir()]
     assert any(name.startswith("jit_local_step") for name in kept)
 

@@ -1,14 +1,12 @@
 import dataclasses
 import json
 import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from launch import Launcher, train_command, wait_for_steps
 from tiny import TINY
 
 from ttame_jax.config import TrainConfig
@@ -98,59 +96,49 @@ def test_the_best_checkpoint_is_kept_and_loaded(config):
     assert load_attention(config.output, attention) == best
 
 
-def command(config, output, **flags):
-    flags = {
-        "backbone": "vit",
-        "weights": "None",
-        "dataset": config.dataset,
-        "output": output,
-        "epochs": 50,
-        "batch-size": 16,
-        "learning-rate": 0.01,
-        "validation-images": 0,
-        "log-every": 1,
-        "checkpoint-every": 3,
-        "workers": 1,
-    } | flags
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    sizes = [str(word) for pair in TINY.items() for word in pair]
-    return [sys.executable, "train.py", *words, "--backbone-config", *sizes]
+@pytest.fixture
+def start(config, tmp_path):
+    """Starts `train.py` on the dataset and output of `config`, with further flags."""
+    launcher = Launcher(tmp_path)
+
+    def start(**flags):
+        flags = {"batch_size": 8, "checkpoint_every": 5, "workers": 1} | flags
+        return launcher.start(train_command(config.dataset, config.output, **flags), devices=8)
+
+    yield start
+    launcher.close()
 
 
-def interrupt(arguments, output, sent):
-    """Sends a signal in the middle of the run; returns its exit status."""
-    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
-    log = output / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and len(log.read_text().splitlines()) > 30):
-        assert process.poll() is None, "the run ended before it could be interrupted"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(sent)
-    return process.wait(60)
-
-
-def test_killed_and_resumed_it_ends_with_the_same_parameters_bit_for_bit(config, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(config, whole), check=True, stderr=subprocess.DEVNULL)
-    assert interrupt(command(config, killed), killed, signal.SIGKILL) == -signal.SIGKILL
-    assert len(lines(killed / "metrics.jsonl")) < 200
+def test_killed_and_resumed_it_ends_with_the_same_parameters_bit_for_bit(config, tmp_path, start):
+    config = dataclasses.replace(
+        config, epochs=4, batch_size=8, validation_images=0, synchronise=True
+    )
+    whole = dataclasses.replace(config, output=tmp_path / "whole")
+    train(whole)
+    process = start(epochs=4)
+    wait_for_steps(config.output, 10, process)
+    process.kill()
+    process.wait()
+    log = config.output / "metrics.jsonl"
+    assert len(lines(log)) < 32
     # The last line may be cut short; it must not matter.
-    with (killed / "metrics.jsonl").open("a") as file:
+    with log.open("a") as file:
         file.write('{"step": 19')
-    result = subprocess.run(command(config, killed), check=True, stderr=subprocess.PIPE, text=True)
-    assert "resuming after step" in result.stderr
-    assert_same_parameters(whole, killed)
-    assert [line["step"] for line in lines(killed / "metrics.jsonl")] == list(range(1, 201))
+    process = start(epochs=4)
+    assert process.wait(120) == 0
+    assert "resuming after step" in process.log.read_text()
+    assert_same_parameters(whole.output, config.output)
+    assert [line["step"] for line in lines(log)] == list(range(1, 33))
 
 
-def test_sigterm_saves_and_exits_cleanly(config, tmp_path):
-    output = tmp_path / "stopped"
-    arguments = command(config, output, **{"checkpoint-every": 10_000, "epochs": 500})
-    assert interrupt(arguments, output, signal.SIGTERM) == 0
-    last = lines(output / "metrics.jsonl")[-1]["step"]
-    saved = max(int(path.name) for path in (output / "checkpoints").iterdir())
-    assert saved >= last > 30
+def test_sigterm_saves_and_exits_cleanly(config, start):
+    process = start(epochs=500, checkpoint_every=10_000)
+    wait_for_steps(config.output, 10, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    last = lines(config.output / "metrics.jsonl")[-1]["step"]
+    saved = max(int(path.name) for path in (config.output / "checkpoints").iterdir())
+    assert saved >= last > 10
 
 
 def test_a_folder_with_a_run_of_other_settings_is_refused(config):

@@ -69,7 +69,7 @@ def test_a_step_follows_the_gradient_of_the_literal_loss(masking, recipe, group,
         mechanism = nnx.merge(graph, params, stats, copy=True)
         return literal_loss(backbone, mechanism, IMAGES.astype(np.float32), masking, recipe)
 
-    (loss, terms), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    (loss, terms), gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
     optimizer = one_cycle_sgd(OneCycle(0.05, 30))
     updates, _ = optimizer.update(gradient, optimizer.init(params), params)
     expected = jax.tree.map(np.asarray, jax.tree.map(jnp.add, params, updates))

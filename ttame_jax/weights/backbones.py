@@ -52,12 +52,9 @@ def load_backbone(
       FileNotFoundError: weights that do not exist or cannot be downloaded.
       ImportError: weights that need PyTorch, where it is not installed.
     """
-    if not name.startswith(TIMM) and name not in _FAMILIES:
-        known = ", ".join(_FAMILIES)
-        raise ValueError(f"unknown backbone {name!r}; there are {known}, and timm:MODEL")
-    config = {key: value for key, value in config.items() if value is not None}
+    config = _given(name, config)
     if weights is None:
-        return _build(name, seed, _described(name, config) | config)
+        return _build(name, _described(name, config) | config, nnx.Rngs(seed))
     path, described = _locate(name, weights)
     tensors, metadata = read_safetensors(path)
     if metadata.get("format") == FORMAT:
@@ -66,8 +63,18 @@ def load_backbone(
         described = json.loads(metadata["config"])
     else:
         described = _described(name, config) | described
-    abstract = nnx.eval_shape(lambda: _build(name, seed, described | config))
+    abstract = transfer.abstract(lambda rngs: _build(name, described | config, rngs))
     return transfer.fill(abstract, transfer.to_flax(abstract, tensors, str(weights)))
+
+
+def abstract_backbone(name: str, **config: Any) -> Backbone:
+    """A backbone without weights: its parameters are shapes, and nothing is computed.
+
+    Arguments and errors are those of `load_backbone`.
+    """
+    config = _given(name, config)
+    config = _described(name, config) | config
+    return transfer.abstract(lambda rngs: _build(name, config, rngs))
 
 
 def save_backbone(backbone: Backbone, path: str | Path) -> None:
@@ -98,6 +105,14 @@ def _config(backbone: Backbone) -> dict[str, Any]:
     return config
 
 
+def _given(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are not None, of a backbone that exists."""
+    if not name.startswith(TIMM) and name not in _FAMILIES:
+        known = ", ".join(_FAMILIES)
+        raise ValueError(f"unknown backbone {name!r}; there are {known}, and timm:MODEL")
+    return {key: value for key, value in config.items() if value is not None}
+
+
 def _described(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration that timm gives one of its models."""
     if not name.startswith(TIMM) or "architecture" in config:
@@ -105,7 +120,7 @@ def _described(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return timm_models.describe(name.removeprefix(TIMM), config.get("num_classes"))
 
 
-def _build(name: str, seed: int, config: Mapping[str, Any]) -> Backbone:
+def _build(name: str, config: Mapping[str, Any], rngs: nnx.Rngs) -> Backbone:
     fields = {key: _hashable(value) for key, value in config.items()}
     family, architecture = _architecture(name, fields)
     _check_options(name, family, fields)
@@ -115,7 +130,7 @@ def _build(name: str, seed: int, config: Mapping[str, Any]) -> Backbone:
     if size is not None and size != architecture.preprocessing.image_size:
         preprocessing = architecture.preprocessing.resized(size)
         architecture = replace(architecture, preprocessing=preprocessing)
-    return family.backbone(name, architecture, rngs=nnx.Rngs(seed), **module)
+    return family.backbone(name, architecture, rngs=rngs, **module)
 
 
 def _architecture(name: str, fields: dict[str, Any]) -> tuple[Family, Architecture]:

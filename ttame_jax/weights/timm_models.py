@@ -3,14 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
-from flax import nnx
-
 from ttame_jax.backbones import FAMILIES
 from ttame_jax.backbones.family import Family, Timm
 from ttame_jax.convert.pytorch import timm
 from ttame_jax.preprocessing import Preprocessing
 
-from .transfer import shapes
+from .transfer import abstract, shapes
 
 SHARED_LAYERS = frozenset(
     [
@@ -107,7 +105,7 @@ def _differences(name: str, family: Family, config: dict[str, Any], module) -> I
     architecture = family.architecture(
         num_classes=config["num_classes"], preprocessing=preprocessing, **fields
     )
-    backbone = nnx.eval_shape(lambda: family.backbone(name, architecture, rngs=nnx.Rngs(0)))
+    backbone = abstract(lambda rngs: family.backbone(name, architecture, rngs=rngs))
     ours = shapes(backbone, "timm")
     theirs = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     different = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))

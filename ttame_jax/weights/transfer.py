@@ -1,7 +1,7 @@
 """Transfers parameters between PyTorch state dicts and Flax modules, exactly and completely."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import jax
@@ -138,6 +138,18 @@ def fill(module: Module, tensors: Mapping[str, np.ndarray]) -> Module:
     values = {path: jnp.asarray(tensors[".".join(map(str, path))]) for path in paths}
     nnx.update(module, nnx.from_flat_state(values))
     return module
+
+
+def abstract(build: Callable[[nnx.Rngs], Module]) -> Module:
+    """The module that `build` returns, with shapes in place of values, as `nnx.eval_shape` gives."""
+    return nnx.eval_shape(lambda: build(_SameKey()))
+
+
+class _SameKey(nnx.Rngs):
+    """Gives every parameter the same key. Counting keys would be traced, at twice the time."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
 
 
 def _counts(entry: Entry, needed: Mapping) -> bool:
