@@ -43,9 +43,10 @@ def finished(pictures, tmp_path_factory):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """The runs that a search trains; they are not trained really."""
+    """The runs that a search trains; they are not trained really, nor is a plot drawn."""
     runs = []
     monkeypatch.setattr(module, "train", runs.append)
+    monkeypatch.setattr(module, "save_figure", lambda figure, path: None)
     return runs
 
 
@@ -144,6 +145,7 @@ def test_sigterm_stops_the_search_and_the_same_command_resumes_it(
     assert "run 1 of 2: --learning-rate 0.01" in said and "run 2 of 2" not in said
     assert "stopped: the same command resumes the search" in said
     monkeypatch.setattr(Evaluator, "figures", figures)
+    monkeypatch.setattr(module, "save_figure", lambda figure, path: None)
     lr_find(config, Grid(RATES[:1]))
     assert "resuming after step" in capfd.readouterr().err
     again, once = (measured(output / "rate_0.01") for output in (tmp_path, whole.output))

@@ -55,7 +55,11 @@ class Launcher:
     def start(self, command: list[str], devices: int) -> subprocess.Popen:
         # The last one counts.
         flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-        environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(self.folder)}
+        environment = os.environ | {
+            "XLA_FLAGS": flags,
+            "PYTHONPATH": str(self.folder),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # the processes run the same programs
+        }
         log = self.folder / f"{len(self.processes)}.log"
         with log.open("wb") as file:
             process = subprocess.Popen(
