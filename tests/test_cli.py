@@ -72,6 +72,22 @@ def test_explain_writes_a_picture_and_the_maps(run, pictures, tmp_path, capsys):
     assert f"{image.stem}.png: class" in capsys.readouterr().out
 
 
+def test_explain_writes_over_no_image_and_no_other_result(run, pictures, tmp_path, capsys):
+    photograph = next((pictures / "validation").iterdir()).read_bytes()
+    images = [tmp_path / name for name in ("cat.png", "p/q/a.png", "p_q/a.png", "dog.PNG")]
+    for path in images:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(photograph)
+    command = ["explain", *map(str, images), "--run", str(run), "--output", str(tmp_path)]
+    for _ in range(2):  # the second time over the results of the first
+        main(command)
+        assert all(path.read_bytes() == photograph for path in images)
+    assert len(list(tmp_path.glob("*.npz"))) == len(images)
+    said = capsys.readouterr().out
+    assert f"{images[0]}: the name cat is taken, writing {tmp_path}/cat_2.png and" in said
+    assert f"writing {tmp_path}/dog_2.png" in said  # where names differ in case only, too
+
+
 def test_explain_takes_another_method(run, pictures, tmp_path):
     image = next((pictures / "validation").iterdir())
     words = ["explain", str(image), "--run", str(run), "--classes", "top2", "--output"]
@@ -154,8 +170,9 @@ def test_an_interrupted_evaluation_resumes(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Evaluator, "batches", interrupted)
     output = tmp_path / "figures.json"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         main([*words, str(output)])
+    assert stop.value.code == 130
     with output.with_name("figures.json.partial").open("a") as file:
         file.write('{"index": 1')  # as a kill in the middle of a line leaves it
     calls = []

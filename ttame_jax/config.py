@@ -3,20 +3,22 @@
 import dataclasses
 import importlib
 import importlib.util
-import json
 import math
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from ttame_jax.attention import VariantName
-from ttame_jax.files import write_atomically
+from ttame_jax.files import to_json, write_atomically
 from ttame_jax.losses import LossConfig
 from ttame_jax.preprocessing import Masking
 
 CONFIG_FILE = "config.json"
+INPUTS = "inputs"
+"""Key of ``config.json`` for the fingerprints of what the run reads."""
 PRESETS = "ttame_jax.configs"
 REFERENCE_BATCH_SIZE = 32
 """The paper's batch size, for which --learning-rate is given."""
@@ -91,6 +93,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value != "auto" and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be at least 0 and below 2**63, not {self.seed}")
+        if not self.dataset:
+            raise ValueError("dataset is empty: give a TFDS name, folder:DIR or digits")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
 
@@ -99,9 +105,15 @@ class TrainConfig:
         larger = batch_size / REFERENCE_BATCH_SIZE
         return self.learning_rate * larger ** _EXPONENTS[self.scale_learning_rate]
 
-    def save(self, folder: Path | None = None) -> None:
-        """Writes ``config.json`` into the run's folder, or into the given one."""
-        text = json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
+    def save(self, folder: Path | None = None, inputs: Mapping[str, str] | None = None) -> None:
+        """Writes ``config.json`` into the run's folder, or into the given one.
+
+        Args:
+          folder: the folder.
+          inputs: fingerprints of what the run reads, by name.
+        """
+        fields = dataclasses.asdict(self) | ({INPUTS: inputs} if inputs else {})
+        text = to_json(fields, indent=2) + "\n"
         write_atomically((folder or self.output) / CONFIG_FILE, text)
 
 
@@ -112,7 +124,8 @@ def preset(backbone: str) -> TrainConfig:
     output = Path("runs") / backbone.replace(":", "_")
     if backbone.startswith("timm:"):
         return TrainConfig(backbone=backbone, output=output, weights="timm")
-    if backbone.isidentifier() and importlib.util.find_spec(f"{PRESETS}.{backbone}"):
+    public = backbone.isidentifier() and not backbone.startswith("_")
+    if public and importlib.util.find_spec(f"{PRESETS}.{backbone}"):
         return importlib.import_module(f"{PRESETS}.{backbone}").CONFIG
     return TrainConfig(backbone=backbone, output=output)
 

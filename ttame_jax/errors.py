@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 
 import absl.logging
@@ -9,7 +10,7 @@ import absl.logging
 
 @contextlib.contextmanager
 def one_line_errors(program: str):
-    """Exits with a one-line message and status 1 if the body raises a user error.
+    """Exits with a one-line message and status 1 if the body raises a user error, 130 on Ctrl-C.
 
     If ``TTAME_TRACEBACK`` is set, the traceback is shown instead. Orbax's warnings about read-only
     checkpoints are suppressed.
@@ -21,3 +22,8 @@ def one_line_errors(program: str):
         if os.environ.get("TTAME_TRACEBACK"):
             raise
         sys.exit(f"{program}: {error} (TTAME_TRACEBACK=1 shows where)")
+    except KeyboardInterrupt:
+        if os.environ.get("TTAME_TRACEBACK"):
+            raise
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

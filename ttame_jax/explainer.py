@@ -9,6 +9,7 @@ from flax import nnx
 
 from ttame_jax.backbones import Backbone
 from ttame_jax.methods import Explanation, Method
+from ttame_jax.methods.base import checked_classes, checked_images
 
 Classes = int | str | np.ndarray | jax.Array | None
 
@@ -51,7 +52,7 @@ class Explainer:
           ValueError: the images are not floats ``[B, H, W, 3]`` in [0, 1], or a class is not one of
             the classifier's.
         """
-        images = _checked_images(images)
+        images = checked_images(images)
         if isinstance(classes, str):
             wanted, likeliest = self._named_classes(classes)
         else:
@@ -78,24 +79,4 @@ class Explainer:
                 f"classes must be an int or integers [B, K] with B = {batch}, "
                 f"not {wanted.dtype} {list(wanted.shape)}"
             )
-        count = self.backbone.num_classes
-        if wanted.size and not (0 <= wanted.min() and wanted.max() < count):
-            raise ValueError(
-                f"classes must lie in 0 to {count - 1}, the classes of {self.backbone.name}"
-            )
-        return jnp.asarray(wanted, jnp.int32)
-
-
-def _checked_images(images: jax.typing.ArrayLike) -> jax.Array:
-    images = jnp.asarray(images)
-    if images.ndim != 4 or images.shape[-1] != 3 or not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(
-            f"images must be floats [B, H, W, 3] in [0, 1], not {images.dtype} {list(images.shape)}"
-        )
-    low, high = images.min(), images.max()
-    if low < 0 or high > 1:
-        raise ValueError(
-            f"images must lie in [0, 1], not {low:.3g} to {high:.3g}: "
-            "divide uint8 images by 255, and do not standardise them"
-        )
-    return images
+        return checked_classes(wanted, self.backbone)

@@ -1,11 +1,15 @@
 """Reads and writes files. They are written completely or not at all, on disks and in buckets."""
 
+import hashlib
 import io
+import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy, and so with safetensors
 import numpy as np
@@ -37,6 +41,33 @@ def write_atomically(path: PathLike, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)
+
+
+def digest(parts: Iterable[str | np.ndarray]) -> str:
+    """A short SHA-256 digest of strings and arrays, with their types and shapes, in their order."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            total.update(f"{part.dtype} {part.shape}".encode())
+            total.update(np.ascontiguousarray(part).view(np.uint8).data)
+        else:
+            total.update(f"{len(part)} {part}".encode())
+    return total.hexdigest()[:16]
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON text in which paths are strings and numbers that are not finite are null."""
+    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_arrays(path: PathLike, **arrays: np.ndarray) -> None:

@@ -1,7 +1,7 @@
 """How an image becomes a classifier's input."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ import numpy as np
 Masking = Literal["pixel", "standardised"]
 """How a mask E in [0, 1] masks an image I (paper, section III-C), with |.| the standardisation:
 "pixel" is |E * I|, "standardised" is E * |I|."""
+
+Interpolation = Literal["bilinear", "bicubic"]
 
 Images = TypeVar("Images", np.ndarray, jax.Array)
 
@@ -28,16 +30,30 @@ class Preprocessing:
     `image_size` pixels is cropped, converted to [0, 1] and standardised per channel (RGB).
 
     Raises:
-      ValueError: `resize_size` is smaller than `image_size`.
+      ValueError: a size is not a positive integer, `resize_size` is smaller than `image_size`, or
+        `mean` and `std` are not three finite numbers, `std` positive.
     """
 
     image_size: int = 224
     resize_size: int = 256
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    interpolation: Interpolation = "bilinear"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self):
+        for name in ("image_size", "resize_size"):
+            size = getattr(self, name)
+            if not isinstance(size, int | np.integer) or size < 1:
+                raise ValueError(f"{name} must be a positive integer, not {size!r}")
+        if self.interpolation not in get_args(Interpolation):
+            known = " or ".join(get_args(Interpolation))
+            raise ValueError(f"interpolation must be {known}, not {self.interpolation!r}")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) != 3 or not np.isfinite(values).all():
+                raise ValueError(f"{name} must be three finite numbers, not {values}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, not {self.std}")
         if self.resize_size < self.image_size:
             raise ValueError(
                 f"resize_size must be at least image_size: cannot crop {self.image_size} pixels "

@@ -1,23 +1,26 @@
 """A run on disk: its configuration, backbone, attention mechanism and best checkpoint."""
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
 
 from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import Backbone
-from ttame_jax.config import CONFIG_FILE, TrainConfig
+from ttame_jax.config import CONFIG_FILE, INPUTS, TrainConfig
 from ttame_jax.explainer import Explainer
-from ttame_jax.files import absolute
+from ttame_jax.files import absolute, digest
 from ttame_jax.losses import LossConfig
 from ttame_jax.methods import load_method
 from ttame_jax.weights import load_backbone
@@ -84,18 +87,31 @@ def load_config(run_dir: str | Path) -> TrainConfig:
 
     Raises:
       FileNotFoundError: the folder has no ``config.json``.
+      ValueError: the file is damaged, or has other fields than this version writes.
     """
     path = epath.Path(run_dir) / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(
             f"{run_dir} is not a run: {CONFIG_FILE} is missing; create one with ttame train"
         )
-    fields = json.loads(path.read_text())
-    fields["output"] = epath.Path(run_dir)
-    fields["loss"] = LossConfig(**fields["loss"])
-    if fields.get("validation_list") is not None:
-        fields["validation_list"] = epath.Path(fields["validation_list"])
-    return TrainConfig(**fields)
+    try:
+        fields = json.loads(path.read_text())
+        fields.pop(INPUTS, None)
+        fields["output"] = epath.Path(run_dir)
+        fields["loss"] = LossConfig(**fields["loss"])
+        if fields.get("validation_list") is not None:
+            fields["validation_list"] = epath.Path(fields["validation_list"])
+        return TrainConfig(**fields)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged, or was written by another version: "
+            f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def load_inputs(run_dir: str | Path) -> dict[str, str]:
+    """The fingerprints of what a run has read; empty for a run of an earlier version."""
+    return json.loads((epath.Path(run_dir) / CONFIG_FILE).read_text()).get(INPUTS, {})
 
 
 def build_backbone(config: TrainConfig) -> Backbone:
@@ -143,6 +159,30 @@ def attention_item(params: nnx.State, batch_stats: nnx.State) -> dict[str, nnx.S
     return {"params": params, "batch_stats": batch_stats}
 
 
+DIGESTS = "digests"
+"""The item of a checkpoint with the digests of the others, by name."""
+
+
+def item_digest(item: Any) -> str:
+    """A digest of the arrays of a checkpoint's item."""
+    return digest(np.asarray(leaf) for leaf in jax.tree.leaves(item))
+
+
+def check_digest(folder: epath.Path, name: str, item: Any) -> None:
+    """Compares an item with the digest that was saved with it. Older checkpoints have none.
+
+    Raises:
+      ValueError: the item is not what was saved.
+    """
+    path = folder / DIGESTS / "metadata"
+    if path.exists() and json.loads(path.read_text()).get(name) != item_digest(item):
+        raise ValueError(f"its {name} is not what was saved")
+
+
+DAMAGE = (ValueError, KeyError, FileNotFoundError)
+"""What reading a damaged checkpoint raises."""
+
+
 def save_attention(run_dir: Path, attention: AttentionMechanism, step: int) -> None:
     """Saves a mechanism from another program as the only checkpoint of a run.
 
@@ -154,19 +194,26 @@ def save_attention(run_dir: Path, attention: AttentionMechanism, step: int) -> N
       step: the number of training steps it has had.
     """
     _, params, batch_stats = nnx.split(attention, nnx.Param, nnx.BatchStat)
-    item = ocp.args.StandardSave(attention_item(params, batch_stats))
+    item = attention_item(params, batch_stats)
+    items = ocp.args.Composite(
+        attention=ocp.args.StandardSave(item),
+        digests=ocp.args.JsonSave({"attention": item_digest(item)}),
+    )
     with ocp.CheckpointManager(absolute(run_dir / CHECKPOINT_FOLDER)) as manager:
-        manager.save(step, args=ocp.args.Composite(attention=item))
+        manager.save(step, args=items)
 
 
 def load_attention(run_dir: str | Path, attention: AttentionMechanism) -> int:
     """Fills the mechanism from the run's best checkpoint, or its last one if none was validated.
+
+    If that checkpoint is damaged, a message is printed and the last intact one is used.
 
     Returns:
       The checkpoint's step.
 
     Raises:
       FileNotFoundError: the run has no checkpoint yet.
+      ValueError: all checkpoints are damaged.
     """
     folder = absolute(epath.Path(run_dir) / CHECKPOINT_FOLDER)
     missing = FileNotFoundError(f"{run_dir} has no checkpoint yet: train it with ttame train")
@@ -175,13 +222,57 @@ def load_attention(run_dir: str | Path, attention: AttentionMechanism) -> int:
     _, params, batch_stats = nnx.split(attention, nnx.Param, nnx.BatchStat)
     options = ocp.CheckpointManagerOptions(best_fn=score, read_only=True)
     with ocp.CheckpointManager(folder, options=options) as manager:
-        step = manager.best_step()
-        if step is None:
-            step = manager.latest_step()
-        if step is None:
+        steps = sorted(manager.all_steps(), reverse=True)
+        if not steps:
             raise missing
+        best = manager.best_step()
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, attention_item(params, batch_stats))
         items = ocp.args.Composite(attention=ocp.args.StandardRestore(shapes))
-        restored = manager.restore(step, args=items).attention
+
+        def restore(step):
+            item = manager.restore(step, args=items).attention
+            check_digest(folder / str(step), "attention", item)
+            return item
+
+        steps = steps if best is None else [best, *(step for step in steps if step != best)]
+        step, restored = first_intact(folder, steps, restore)
     nnx.update(attention, restored["params"], restored["batch_stats"])
     return step
+
+
+@contextlib.contextmanager
+def _no_word_of_closed_loops() -> Iterator[None]:
+    """Suppresses messages of threads whose event loop has been closed.
+
+    When Orbax fails to read an array it closes its event loop. TensorStore's threads, which read
+    the others, then print a traceback each, some of them after the failure.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    yield  # after a failure the hook stays
+    sys.unraisablehook = before
+
+
+def first_intact(
+    folder: epath.Path, steps: Sequence[int], restore: Callable[[int], Any]
+) -> tuple[int, Any]:
+    """The first of several checkpoints that can be restored, and what it holds.
+
+    Prints a message for each damaged one before it.
+
+    Raises:
+      ValueError: all are damaged.
+    """
+    for step in steps:
+        try:
+            with _no_word_of_closed_loops():
+                return step, restore(step)
+        except DAMAGE as error:
+            reason = str(error).splitlines()[0].partition(": Error opening")[0][:200]
+            print(f"checkpoint {folder / str(step)} is damaged: {reason}", file=sys.stderr)
+    raise ValueError(f"all checkpoints in {folder} are damaged: see the lines above")

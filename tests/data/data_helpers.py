@@ -40,6 +40,8 @@ def encode(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
 class Pictures(Source):
     """A source in memory; `damaged` images are JPEGs cut in half."""
 
+    fingerprint = "pictures in memory"
+
     def __init__(self, size: int, damaged: tuple[int, ...] = ()):
         self._encoded = [encode(noise(14, 11, seed), "JPEG") for seed in range(size)]
         for index in damaged:

@@ -1,12 +1,14 @@
 import json
+import shutil
 
 import pytest
 from PIL import Image
 
 from ttame_jax.cli import main
 from ttame_jax.metrics.evaluation import Evaluator
+from ttame_jax.runs import load_run, save_attention
 
-METHODS = ["gradcam", "rise", "transformer_lrp", "ttame"]
+METHODS = ["gradcam", "rise", "ttame"]
 
 
 def compare(run, output, *words):
@@ -27,9 +29,9 @@ def test_tables_curves_and_a_picture_are_written(finished):
     curves = {"road.png", "road.svg", "road.csv"}
     assert written == tables | curves | {"maps.png"} | {f"{name}.json" for name in METHODS}
     head = (finished / "table_ad_ic.md").read_text().splitlines()[0]
-    assert head == "| measure | Grad-CAM | RISE (8 images) | Transformer LRP | T-TAME |"
+    assert head == "| measure | Grad-CAM | RISE (8 images) | T-TAME |"
     with Image.open(finished / "maps.png") as picture:
-        assert picture.height > 2 * picture.width  # two images beside, five rows below
+        assert picture.height > 1.5 * picture.width  # two images beside, four rows below
 
 
 def test_a_method_gives_the_figures_that_evaluate_gives(finished, run, tmp_path):
@@ -55,6 +57,37 @@ def test_what_is_measured_is_not_measured_again(finished, run, monkeypatch):
     assert measured == []
     compare(run, finished, "--methods", "rise", "--pictures", "0", "--limits", "rise", "10")
     assert measured == [("rise", 10)]
+
+
+def test_figures_of_another_checkpoint_or_of_other_images_are_measured_again(
+    run, pictures, tmp_path, monkeypatch
+):
+    measured = []
+    batches = Evaluator.batches
+
+    def counted(self, state=None, indices=None):
+        measured.append(self.method.name)
+        return batches(self, state, indices)
+
+    monkeypatch.setattr(Evaluator, "batches", counted)
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(pictures, tmp_path / "pictures")
+    dataset = f"folder:{tmp_path / 'pictures'}"
+    words = ["--methods", "gradcam,ttame", "--pictures", "0", "--measures", "ad,ic"]
+    words += ["--dataset", dataset]
+    for _ in range(2):
+        compare(tmp_path / "run", tmp_path / "out", *words)
+    assert measured == ["gradcam", "ttame"]
+    attention = load_run(run).attention
+    attention.fusion.bias[...] += 1
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    save_attention(tmp_path / "run", attention, step=5)
+    compare(tmp_path / "run", tmp_path / "out", *words)
+    assert measured[2:] == ["ttame"]
+    first, *_ = sorted((tmp_path / "pictures" / "validation").iterdir())
+    first.rename(first.with_name("renamed.png"))
+    compare(tmp_path / "run", tmp_path / "out", *words)
+    assert measured[3:] == ["gradcam", "ttame"]
 
 
 def test_a_method_that_fails_is_reported_and_the_rest_goes_on(run, tmp_path, capsys):

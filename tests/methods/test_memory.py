@@ -2,14 +2,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ttame_jax.methods import RISE, AblationCAM, ScoreCAM, base, compute_maps
+from ttame_jax.methods import RISE, AblationCAM, ScoreCAM, base
+from ttame_jax.methods.base import compiled_maps
 from ttame_jax.weights import load_backbone
 
 
 def peak(method, images=2, size=64):
     """Bytes that the compiled method needs beside its arguments and results."""
     shapes = jax.ShapeDtypeStruct((images, size, size, 3), jnp.float32)
-    lowered = compute_maps.lower(method, shapes, jax.ShapeDtypeStruct((images, 1), jnp.int32))
+    lowered = compiled_maps.lower(method, shapes, jax.ShapeDtypeStruct((images, 1), jnp.int32))
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 

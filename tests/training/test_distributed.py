@@ -40,7 +40,7 @@ def dataset(pictures, tmp_path_factory):
     return f"folder:{folder}"
 
 
-FIELDS = {"epochs": 1, "batch_size": 8, "checkpoint_every": 5}
+FIELDS = {"epochs": 1, "batch_size": 8, "checkpoint_every": 10}
 
 
 def train_here(dataset, output):
@@ -101,7 +101,7 @@ def test_synchronised_runs_on_1_4_and_8_devices_are_the_same(whole, dataset, tmp
 def test_two_processes_end_when_either_is_killed_and_resume(whole, dataset, tmp_path, launcher):
     output = tmp_path / "run"
     first, second = start_two(launcher, dataset, output)
-    wait_for_steps(output, 8, first, second)
+    wait_for_steps(output, 12, first, second)
     second.kill()
     assert first.wait(20) != 0  # heartbeats are missed after 10 s
     assert re.search("lost another|another task died", first.log.read_text())
@@ -125,7 +125,7 @@ def test_sigterm_to_one_process_stops_all_and_one_process_resumes(
 ):
     output = tmp_path / "run"
     processes = start_two(launcher, dataset, output)
-    wait_for_steps(output, 6, *processes)
+    wait_for_steps(output, 12, *processes)
     processes[1].send_signal(signal.SIGTERM)
     launcher.finish(*processes)
     assert f"stopped after step {saved(output)}" in processes[0].log.read_text()
@@ -139,7 +139,7 @@ def test_a_run_of_8_devices_resumes_on_4(whole, dataset, tmp_path, launcher):
     output = tmp_path / "run"
 
     def stop():
-        wait_for_steps(output, 6)
+        wait_for_steps(output, 12)
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=stop)

@@ -1,8 +1,10 @@
 import dataclasses
 import json
+import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -20,6 +22,9 @@ from ttame_jax.runs import (
     load_run,
     save_attention,
 )
+from ttame_jax.training import step as step_module
+from ttame_jax.training.loop import Diverged
+from ttame_jax.weights import load_backbone, save_backbone
 
 
 @pytest.fixture
@@ -148,6 +153,85 @@ def test_a_folder_with_a_run_of_other_settings_is_refused(config):
         train(other)
 
 
+def flip_a_byte(path, place):
+    """Flips all bits of the byte at a share of the file's length."""
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 0xFF
+    path.write_bytes(content)
+
+
+def test_no_flipped_byte_of_a_checkpoint_is_loaded(config, tmp_path, capfd):
+    train(dataclasses.replace(config, epochs=2, validation_images=0))
+    attention = load_run(config.output).attention
+
+    def arrays(run):
+        step = load_attention(run, attention)
+        return step, [np.asarray(x) for x in jax.tree.leaves(nnx.state(attention))]
+
+    intact = dict([arrays(config.output)])
+    checkpoints = config.output / "checkpoints"
+    older = shutil.copytree(config.output, tmp_path / "older")
+    shutil.rmtree(older / "checkpoints" / "8")
+    intact |= dict([arrays(older)])
+    assert set(intact) == {4, 8}
+    newest = checkpoints / "8"
+    files = [x for x in (newest / "attention").rglob("*") if x.is_file()]
+    files += [x for x in (newest / "digests").rglob("*") if x.is_file()]
+    found = []
+    for path in files:
+        content = path.read_bytes()
+        for place in (0.1, 0.5, 0.9):
+            flip_a_byte(path, place)
+            step, values = arrays(config.output)
+            for value, expected in zip(values, intact[step], strict=True):
+                np.testing.assert_array_equal(value, expected)
+            found.append(step)
+            path.write_bytes(content)
+    assert found.count(4) > len(found) / 4  # the others are in what is not read
+    assert f"checkpoint {newest} is damaged" in capfd.readouterr().err
+
+
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(config, tmp_path, capfd):
+    config = dataclasses.replace(config, validation_images=0)
+    train(config)
+    damaged = dataclasses.replace(config, output=tmp_path / "damaged")
+    shutil.copytree(config.output, damaged.output)
+    newest = damaged.output / "checkpoints" / "12"
+    (arrays,) = (newest / "optimizer" / "d").iterdir()
+    flip_a_byte(arrays, 0.5)
+    train(damaged)
+    said = capfd.readouterr().err
+    assert f"checkpoint {newest} is damaged" in said and "resuming after step 8" in said
+    assert_same_parameters(config.output, damaged.output)
+
+
+@pytest.fixture
+def own_pictures(pictures, tmp_path):
+    return shutil.copytree(pictures, tmp_path / "pictures")
+
+
+def test_other_images_under_the_same_name_are_refused(config, own_pictures):
+    config = dataclasses.replace(
+        config, dataset=f"folder:{own_pictures}", epochs=1, validation_images=0
+    )
+    train(config)
+    shutil.copy(own_pictures / "train" / "000.png", own_pictures / "train" / "more.png")
+    with pytest.raises(ValueError, match="its images were 64 images .*, now 65 images"):
+        train(config)
+
+
+def test_other_weights_under_the_same_name_are_refused_and_moved_ones_are_not(config, tmp_path):
+    weights, moved = tmp_path / "w.safetensors", tmp_path / "moved.safetensors"
+    save_backbone(load_backbone("vit", **TINY), weights)
+    config = dataclasses.replace(config, weights=str(weights), epochs=1, validation_images=0)
+    train(config)
+    weights.rename(moved)
+    train(dataclasses.replace(config, weights=str(moved), workers=1, log_every=1))
+    save_backbone(load_backbone("vit", **TINY, seed=1), weights)
+    with pytest.raises(ValueError, match=r"its weights were \w{16}, now \w{16}.* restore them"):
+        train(config)
+
+
 def test_a_run_that_was_trained_elsewhere_is_not_trained_on(config):
     save_attention(config.output, build_attention(config, build_backbone(config)), step=5)
     config.save()
@@ -175,6 +259,33 @@ def test_mistakes_are_found_before_anything_is_written(config, change, message):
 def test_impossible_numbers_are_refused(config):
     with pytest.raises(ValueError, match="epochs must be at least 1, not 0"):
         dataclasses.replace(config, epochs=0)
+
+
+def test_a_run_that_diverges_stops_and_saves_nothing_of_it(config, monkeypatch):
+    make = step_module.total_loss
+
+    def spoilt(maps, entropies, loss):
+        total, terms = make(maps, entropies, loss)
+        return total * jnp.nan, terms
+
+    monkeypatch.setattr(step_module, "total_loss", spoilt)
+    config = dataclasses.replace(config, log_every=1, checkpoint_every=2)
+    with pytest.raises(Diverged, match="at step 2, with a learning rate of .* nothing was saved"):
+        train(config)
+    assert not list((config.output / "checkpoints").iterdir())
+    logged = (config.output / "metrics.jsonl").read_text()
+    assert "NaN" not in logged
+    assert [line["loss"] for line in lines(config.output / "metrics.jsonl")] == [None, None]
+
+
+def test_ctrl_c_saves_and_exits_with_130(config, start):
+    process = start(epochs=500, checkpoint_every=10_000)
+    wait_for_steps(config.output, 5, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    said = process.log.read_text()
+    assert "stopped after step" in said and "Traceback" not in said
+    assert any((config.output / "checkpoints").iterdir())
 
 
 def test_half_precision_runs(config):

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -81,6 +82,9 @@ class Backbone(nnx.Module):
         features: str | None = None,
         dtype: DTypeLike = jnp.float32,
     ):
+        count = architecture.num_classes
+        if not isinstance(count, int | np.integer) or count < 1:
+            raise ValueError(f"num_classes must be a positive integer, not {count!r}")
         if features is not None and features not in self.feature_kinds:
             known = " or ".join(map(repr, self.feature_kinds))
             raise ValueError(f"features of {name} are {known}, not {features!r}")

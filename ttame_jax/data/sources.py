@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from ttame_jax.data.digits import Digits  # importing it registers it with TFDS
+from ttame_jax.files import digest, in_bucket
 
 _STAND_INS = {"validation": ("validation", "val", "test")}
 _SPLIT_FOLDERS = ("train", "validation", "val", "test")
@@ -53,6 +54,11 @@ class Source(ABC):
     def name(self, index: int) -> str:
         """Returns an image's name in warnings and lists: its file name, if there is one."""
 
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """What the images are, wherever they are stored: their number and a name or a digest."""
+
     def indices_of(self, names: Iterable[str]) -> np.ndarray:
         """Returns the indices (int64 [N]) of the images with these names, in the given order.
 
@@ -81,9 +87,12 @@ def load_source(dataset: str, split: str, data_dir: str | Path | None = None) ->
       data_dir: the folder of prepared data sets. None selects TFDS's default.
 
     Raises:
-      FileNotFoundError: the data set is not prepared; the message names the command to prepare it.
+      FileNotFoundError: `data_dir` does not exist, or the data set is not prepared; the message
+        names the command to prepare it.
       ValueError: the data set or split does not exist, or has no images.
     """
+    if data_dir is not None and not in_bucket(data_dir) and not Path(data_dir).is_dir():
+        raise FileNotFoundError(f"no folder {data_dir} of prepared data sets (--data-dir)")
     kind, _, folder = dataset.partition(":")
     if kind == "folder":
         return FolderSource(folder, split)
@@ -135,7 +144,7 @@ class TfdsSource(Source):
                 f"{_prepare_command(dataset, data_dir)}"
             )
         self._split = _existing_split(split, splits, dataset)
-        self._dataset = dataset
+        self._dataset, self._full_name = dataset, builder.info.full_name
         features = builder.info.features
         self._image = _feature_of_type(features, tfds.features.Image)
         if self._image is None:
@@ -176,6 +185,10 @@ class TfdsSource(Source):
             return f"{self}[{index}]"
         name = self._records[index][self._name]
         return name.decode() if isinstance(name, bytes) else str(name)
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{len(self)} images of {self._full_name}/{self._split}"
 
     def __repr__(self) -> str:
         return f"{self._dataset}/{self._split}"
@@ -220,6 +233,10 @@ class FolderSource(Source):
 
     def name(self, index: int) -> str:
         return self._names[index]
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{len(self)} images with names of digest {digest(self._names)}"
 
     def __repr__(self) -> str:
         return str(self._folder)

@@ -129,6 +129,10 @@ def preprocess(image: str | os.PathLike | Image.Image, preprocessing: Preprocess
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("F", "I"):  # 32 bits per pixel, of an unknown range
+        raise ValueError(
+            f"its pixels are 32-bit numbers (mode {image.mode}): convert it to 8 or 16 bits"
+        )
     if image.mode == "P":  # via RGBA: Pillow warns about transparent palette colours
         image = image.convert("RGBA")
     elif image.mode.startswith("I;16"):  # 16-bit grey, which Pillow would clip at 255

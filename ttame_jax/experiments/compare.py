@@ -19,7 +19,7 @@ from ttame_jax.experiments import tables
 from ttame_jax.experiments.arguments import Names
 from ttame_jax.experiments.curves import curves
 from ttame_jax.experiments.evaluate import EvaluationOptions, EvaluationSetup, MetricNames
-from ttame_jax.files import write_atomically
+from ttame_jax.files import to_json, write_atomically
 from ttame_jax.methods import Method, compute_maps, list_methods, load_method, method_title
 from ttame_jax.plots import explanation_grid, save_figure
 from ttame_jax.preprocessing import to_float
@@ -106,9 +106,15 @@ class Comparison:
 
     def _names(self) -> list[str]:
         own = [name for name in self.attentions if name not in list_methods()]
-        if self.config.methods == ALL:
-            return [*list_methods(), *own]
         known = [*list_methods(), *own]
+        options = {option.partition(".")[0] for option in self.config.method_config}
+        for flag, names in (("--limits", self.config.limits), ("--method-config", options)):
+            if unknown := sorted(name for name in names if name not in known):
+                raise ValueError(
+                    f"{flag} has unknown method {', '.join(unknown)}; there are {', '.join(known)}"
+                )
+        if self.config.methods == ALL:
+            return known
         if unknown := [name for name in self.config.methods if name not in known]:
             raise ValueError(f"unknown method {', '.join(unknown)}; there are {', '.join(known)}")
         return list(self.config.methods)
@@ -141,8 +147,13 @@ class Comparison:
         for field in ("output", "methods", "limits", "method_config", "pictures", "batch_size"):
             del settings[field]
         own = {k: v for k, v in self.config.method_config.items() if k.startswith(f"{name}.")}
-        settings |= {"method": name, "limit_of_method": self.config.limits.get(name), "own": own}
-        return json.loads(json.dumps(settings, default=str))
+        settings |= {
+            "method": name,
+            "limit_of_method": self.config.limits.get(name),
+            "own": own,
+            "inputs": self.setup.inputs_of(self.attentions.get(name)),
+        }
+        return json.loads(to_json(settings))
 
     def write(self, figures: Mapping[str, dict]) -> None:
         """Tables, curves and the picture."""

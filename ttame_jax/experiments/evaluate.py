@@ -10,14 +10,17 @@ import jax
 import numpy as np
 import tyro
 
+from ttame_jax import files
+from ttame_jax.attention import AttentionMechanism
 from ttame_jax.data import Source, load_source, select
 from ttame_jax.experiments.arguments import Names
 from ttame_jax.experiments.resumable import ResumableRows
-from ttame_jax.files import write_atomically
+from ttame_jax.files import to_json, write_atomically
 from ttame_jax.methods import Method, list_methods, load_method
 from ttame_jax.metrics import Evaluator, intervals, list_metrics, load_metrics, summarise
 from ttame_jax.preprocessing import Masking
 from ttame_jax.runs import Run, load_run
+from ttame_jax.weights.transfer import digest
 
 MaskingChoice = Literal["backbone"] | Masking
 
@@ -53,9 +56,17 @@ class EvaluationOptions:
     """The backbone's weights, if they have moved since the run."""
 
     def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size must be at least 1, not {self.batch_size}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed must be at least 0 and below 2**63, not {self.seed}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"--limit must be at least 1, not {self.limit}")
+        if not self.measures:
+            raise ValueError(f"no metric given: --measures takes {', '.join(list_metrics())}")
         load_metrics(self.measures)  # fails before anything is loaded
+        if self.dataset == "":
+            raise ValueError("--dataset is empty: give a TFDS name, folder:DIR or digits")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,8 +103,10 @@ def evaluate(config: EvaluateConfig) -> dict:
     run = load_run(config.run, config.weights)
     name = config.method or run.attention.variant
     method = load_method(name, run.backbone, run.attention, **config.method_config)
+    setup = EvaluationSetup(config, run)
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "output"}
-    figures = EvaluationSetup(config, run).evaluate(method, config.output, settings)
+    settings |= {"inputs": setup.inputs_of(getattr(method, "attention", None))}
+    figures = setup.evaluate(method, config.output, settings)
     if figures:
         print(table(figures))
     return figures
@@ -115,9 +128,18 @@ class EvaluationSetup:
             options.data_dir or run.config.data_dir,
         )
         self.indices = select(self.source, options.list, options.limit)
+        selected = files.digest([np.asarray(self.indices, np.int64)])
+        self.inputs = {
+            "weights": digest(run.backbone),
+            "images": f"{self.source.fingerprint}, selection {selected}",
+        }
         own = run.backbone.masking
         choice = options.masking or run.config.evaluation_masking or own
         self.masking: Masking = own if choice == "backbone" else choice
+
+    def inputs_of(self, attention: AttentionMechanism | None) -> dict[str, str]:
+        """Fingerprints of what a method's figures depend on: weights, images and its attention."""
+        return self.inputs | ({"attention": digest(attention)} if attention else {})
 
     def evaluate(
         self,
@@ -159,9 +181,9 @@ class EvaluationSetup:
             "intervals": intervals(rows, options.measures),
             "forward_passes": method.forward_passes,
             "seconds_per_image": seconds / len(rows["index"]),
-            "settings": json.loads(json.dumps(settings, default=str)),
+            "settings": json.loads(to_json(settings)),
         }
-        write_atomically(output, json.dumps(figures, indent=2) + "\n")
+        write_atomically(output, to_json(figures, indent=2) + "\n")
         resumable.remove()
         return figures
 

@@ -1,6 +1,9 @@
 """`ttame explain`: explanation maps of image files, as pictures and arrays."""
 
+import collections
 import dataclasses
+import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +27,9 @@ def explain_files(
 ) -> None:
     """Writes NAME.png (the image and its overlays) and NAME.npz (an `Explanation`) per image.
 
+    NAME is the image's own name without its extension. If two results would have the same name, or
+    a result the name of one of the images, a longer name is chosen and printed.
+
     Args:
       images: image files.
       run: the run's folder.
@@ -37,21 +43,39 @@ def explain_files(
       FileNotFoundError: the run or an image does not exist.
       UnreadableImage: a file is not an image.
     """
-    names = _output_names(images)
+    stems = _output_stems(images, output)
     explainer = load_explainer(run, weights, method)
     wanted = _parse_classes(classes)
-    for path, name in zip(images, names):
-        _explain_file(explainer, path, wanted, output / name)
+    for path, stem in zip(images, stems):
+        _explain_file(explainer, path, wanted, stem)
 
 
-def _output_names(images: Sequence[Path]) -> list[str]:
-    """The files' stems, or whole paths if two files have the same stem."""
+def _output_stems(images: Sequence[Path], output: Path) -> list[Path]:
+    """The paths of the results without extensions. No two are the same, and none is an image's."""
     if not images:
         raise ValueError("no image given: ttame explain IMAGE... --run DIR --output DIR")
-    stems = [path.stem for path in images]
-    if len(set(stems)) == len(stems):
-        return stems
-    return [str(path).strip("/").replace("/", "_") for path in images]
+    counts = collections.Counter(path.stem for path in images)
+    taken = {_key(path) for path in images}
+    stems = []
+    for path in images:
+        name = path.stem
+        if counts[name] > 1:
+            name = str(path).strip("/").replace("/", "_")
+        numbered = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(2)))
+        for stem in (output / name for name in numbered):
+            files = {_key(Path(f"{stem}{suffix}")) for suffix in (".png", ".npz")}
+            if not files & taken:
+                break
+        taken |= files
+        stems.append(stem)
+        if stem.name != path.stem:
+            print(f"{path}: the name {path.stem} is taken, writing {stem}.png and {stem}.npz")
+    return stems
+
+
+def _key(path: Path) -> str:
+    """The same for all paths of a file, on file systems that ignore case as well."""
+    return os.path.realpath(path).casefold()
 
 
 def _parse_classes(text: str) -> Classes:
@@ -59,7 +83,11 @@ def _parse_classes(text: str) -> Classes:
     if text == "predicted":
         return None
     ids = text.split(",")
-    return np.array([ids], int) if all(part.strip().isdecimal() for part in ids) else text
+    if not all(part.strip().isdecimal() for part in ids):
+        return text
+    if max(map(int, ids)) >= 2**31:
+        raise ValueError(f"there is no class {max(map(int, ids))}: class ids are below 2**31")
+    return np.array([ids], int)
 
 
 def _explain_file(explainer: Explainer, path: Path, classes: Classes, stem: Path) -> None:

@@ -20,7 +20,7 @@ from ttame_jax.files import write_atomically
 from ttame_jax.plots import line_style, save_figure
 from ttame_jax.runs import CHECKPOINT_FOLDER, load_config, score
 from ttame_jax.training.log import say
-from ttame_jax.training.loop import settle
+from ttame_jax.training.loop import Diverged, settle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,11 @@ def lr_find(config: TrainConfig, grid: Grid) -> Point | None:
         run = settle(dataclasses.replace(run, batch_size=_batch_size(runs)))
         if _figures(run) is None:
             say(f"run {i} of {len(runs)}: --learning-rate {run.learning_rate:g}")
-            train(run)
+            try:
+                train(run)
+            except Diverged as error:
+                say(str(error))
+                continue
         lines = _figures(run)
         if lines is None:
             say("stopped: the same command resumes the search")
@@ -96,8 +100,8 @@ def lr_find(config: TrainConfig, grid: Grid) -> Point | None:
         ]
         if jax.process_index() == 0:
             _write(points, config.output)
-    best = max(points, key=lambda point: point.score)
-    if best.score == -math.inf:
+    best = max(points, key=lambda point: point.score, default=None)
+    if best is None or best.score == -math.inf:
         raise ValueError("every rate diverged: try lower ones, as --rates 1e-6,1e-5,1e-4")
     _report(points, best)
     return best

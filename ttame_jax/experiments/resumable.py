@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from ttame_jax.files import write_atomically
+from ttame_jax.files import to_json, write_atomically
 from ttame_jax.metrics.base import Rows
 from ttame_jax.metrics.evaluation import Evaluator
 
@@ -28,7 +28,7 @@ class ResumableRows:
 
     def __init__(self, output: Path, settings: Mapping[str, Any]):
         self.path = output.with_name(output.name + ".partial")
-        self.header = json.dumps({"settings": settings}, default=str)
+        self.header = to_json({"settings": settings})
 
     def collect(
         self, evaluator: Evaluator, indices: Sequence[int] | np.ndarray
@@ -69,7 +69,7 @@ class ResumableRows:
 
     def _append(self, records: Sequence[dict]) -> None:
         with self.path.open("a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.writelines(to_json(record) + "\n" for record in records)
 
     def _read(self) -> list[dict]:
         """Returns the complete lines of a file with these settings; otherwise starts a new file."""

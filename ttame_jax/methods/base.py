@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ttame_jax.backbones import Backbone
@@ -88,7 +89,13 @@ class Method(nnx.Module):
           images: ``[B, H, W, 3]`` in [0, 1].
           classes: ``[B, K]``, or ``[K]`` for all images; None is the most probable ones.
           likeliest: how many of these, most probable first.
+
+        Raises:
+          ValueError: see `checked_images` and `checked_classes`.
         """
+        images = checked_images(images)
+        if classes is not None:
+            classes = checked_classes(classes, self.backbone)
         logits, features = self.backbone(self.backbone.preprocessing.standardise(images))
         if classes is None:
             classes = jax.lax.top_k(logits, likeliest)[1]
@@ -104,10 +111,60 @@ class Method(nnx.Module):
         return self(images, jnp.broadcast_to(classes, (len(images), classes.shape[-1])))
 
 
+def compute_maps(
+    method: Method, images: jax.typing.ArrayLike, classes: jax.typing.ArrayLike
+) -> jax.Array:
+    """A method's maps, compiled: ``[B, H, W, 3]`` in [0, 1], ``[B, K]`` -> ``[B, K, h, w]``.
+
+    Raises:
+      ValueError: see `checked_images` and `checked_classes`.
+    """
+    return compiled_maps(method, checked_images(images), checked_classes(classes, method.backbone))
+
+
 @nnx.jit
-def compute_maps(method: Method, images: jax.Array, classes: jax.Array) -> jax.Array:
-    """A method's maps, compiled: ``[B, H, W, 3]`` in [0, 1], ``[B, K]`` -> ``[B, K, h, w]``."""
+def compiled_maps(method: Method, images: jax.Array, classes: jax.Array) -> jax.Array:
+    """`compute_maps` without its checks."""
     return method(images, classes)
+
+
+def checked_images(images: jax.typing.ArrayLike) -> jax.Array:
+    """Returns the images as an array. The values of a tracer are not checked.
+
+    Raises:
+      ValueError: they are not floats ``[B, H, W, 3]`` in [0, 1].
+    """
+    images = jnp.asarray(images)
+    if images.ndim != 4 or images.shape[-1] != 3 or not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"images must be floats [B, H, W, 3] in [0, 1], not {images.dtype} {list(images.shape)}"
+        )
+    if images.size and not isinstance(images, jax.core.Tracer):
+        if not jnp.isfinite(images).all():  # XLA's minimum and maximum may pass over NaN
+            raise ValueError("images must lie in [0, 1]: some values are NaN or infinite")
+        low, high = images.min(), images.max()
+        if low < 0 or high > 1:
+            raise ValueError(
+                f"images must lie in [0, 1], not {low:.3g} to {high:.3g}: "
+                "divide uint8 images by 255, and do not standardise them"
+            )
+    return images
+
+
+def checked_classes(classes: jax.typing.ArrayLike, backbone: Backbone) -> jax.Array:
+    """Returns the classes as an int32 array. The values of a tracer are not checked.
+
+    Raises:
+      ValueError: they are not integers, or not classes of the backbone.
+    """
+    # NumPy keeps the values of 64-bit integers, which JAX would cut off.
+    values = classes if isinstance(classes, jax.Array) else np.asarray(classes)
+    if values.dtype.kind not in "iu":
+        raise ValueError(f"classes must be integers, not {values.dtype}")
+    count, known = backbone.num_classes, values.size and not isinstance(values, jax.core.Tracer)
+    if known and not (0 <= values.min() and values.max() < count):
+        raise ValueError(f"classes must lie in 0 to {count - 1}, the classes of {backbone.name}")
+    return jnp.asarray(values, jnp.int32)
 
 
 def class_gradients(after: Callable[..., jax.Array], state: State, classes: jax.Array) -> jax.Array:

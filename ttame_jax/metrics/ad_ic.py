@@ -17,14 +17,31 @@ def average_drop(confidences: np.ndarray, masked: np.ndarray) -> np.ndarray:
     Args:
       confidences: `[N]`, in the unmasked images.
       masked: `[N, P]`, in the masked images at each percentage.
+
+    Raises:
+      ValueError: a confidence is not a number in [0, 1], or is 0 in an unmasked image.
     """
-    before = confidences[:, None]
+    before = _checked(confidences, masked)
     return 100 * np.mean(np.maximum(0, before - masked) / before, axis=0)
 
 
 def increase_in_confidence(confidences: np.ndarray, masked: np.ndarray) -> np.ndarray:
-    """Increase in Confidence in %, `[P]`, higher is better. Arguments as in `average_drop`."""
-    return 100 * np.mean(masked > confidences[:, None], axis=0)
+    """Increase in Confidence in %, `[P]`, higher is better.
+
+    Arguments and errors are those of `average_drop`.
+    """
+    return 100 * np.mean(masked > _checked(confidences, masked), axis=0)
+
+
+def _checked(confidences: np.ndarray, masked: np.ndarray) -> np.ndarray:
+    """The confidences in the unmasked images, `[N, 1]`."""
+    for name, values in (("confidences", confidences), ("masked confidences", masked)):
+        low, high = np.min(values), np.max(values)
+        if not (0 <= low and high <= 1 + 1e-6):  # also false for NaN
+            raise ValueError(f"{name} must lie in [0, 1], not {low:.3g} to {high:.3g}")
+    if np.min(confidences) == 0:
+        raise ValueError("the drop of a confidence of 0 is undefined: explain the predicted class")
+    return confidences[:, None]
 
 
 class _MaskedConfidence(Metric):

@@ -9,7 +9,14 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from ttame_jax.files import absolute
-from ttame_jax.runs import CHECKPOINT_FOLDER, attention_item, score
+from ttame_jax.runs import (
+    CHECKPOINT_FOLDER,
+    attention_item,
+    check_digest,
+    first_intact,
+    item_digest,
+    score,
+)
 from ttame_jax.training.step import TrainState
 
 LAST_KEPT = 2
@@ -58,38 +65,45 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        items = ocp.args.Composite(
-            attention=ocp.args.StandardSave(attention_item(state.params, state.batch_stats)),
-            optimizer=ocp.args.StandardSave({"step": state.step, "state": state.opt_state}),
-            data=ocp.args.JsonSave(dict(data)),
+        items = {**_arrays(state), "data": dict(data)}
+        digests = {name: item_digest(item) for name, item in items.items()}
+        arguments = ocp.args.Composite(
+            attention=ocp.args.StandardSave(items["attention"]),
+            optimizer=ocp.args.StandardSave(items["optimizer"]),
+            data=ocp.args.JsonSave(items["data"]),
+            digests=ocp.args.JsonSave(digests),
         )
-        self._manager.save(step, args=items, metrics=metrics)
+        self._manager.save(step, args=arguments, metrics=metrics)
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the last checkpoint."""
+        return self._manager.latest_step()
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, int] | None]:
         """Restores the last checkpoint: its state on the given state's devices, and its position.
 
-        Returns the given state and None if there is no checkpoint.
+        If the last checkpoints are damaged, a message is printed, they are deleted and the last
+        intact one is restored. Returns the given state and None if there is no checkpoint.
 
         Raises:
-          ValueError: the checkpoint comes from another program (`ttame_jax.runs.save_attention`).
+          ValueError: the checkpoint comes from another program (`ttame_jax.runs.save_attention`),
+            or all checkpoints are damaged.
         """
-        step = self._manager.latest_step()
-        if step is None:
+        if self.latest is None:
             return state, None
-        if not (self._manager.directory / str(step) / "optimizer").exists():
+        folder = self._manager.directory
+        if not (folder / str(self.latest) / "optimizer").exists():
             raise ValueError(
-                f"{self._manager.directory.parent} was imported from another program's checkpoint. "
+                f"{folder.parent} was imported from another program's checkpoint. "
                 "It can be explained with and evaluated, but not trained further: choose another "
                 "--output"
             )
-        restored: Any = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                attention=ocp.args.StandardRestore(attention_item(state.params, state.batch_stats)),
-                optimizer=ocp.args.StandardRestore({"step": state.step, "state": state.opt_state}),
-                data=ocp.args.JsonRestore(),
-            ),
-        )
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        intact, restored = first_intact(folder, steps, lambda step: self._restore(step, state))
+        for step in steps:
+            if step > intact:  # Orbax saves no step before its last one
+                self._manager.delete(step)
         state = TrainState(
             restored.optimizer["step"],
             restored.attention["params"],
@@ -97,3 +111,25 @@ class Checkpoints:
             restored.optimizer["state"],
         )
         return state, restored.data
+
+    def _restore(self, step: int, state: TrainState) -> Any:
+        like = _arrays(state)
+        restored: Any = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                attention=ocp.args.StandardRestore(like["attention"]),
+                optimizer=ocp.args.StandardRestore(like["optimizer"]),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+        for name in (*like, "data"):
+            check_digest(self._manager.directory / str(step), name, restored[name])
+        return restored
+
+
+def _arrays(state: TrainState) -> dict[str, Any]:
+    """The items of a checkpoint that hold arrays."""
+    return {
+        "attention": attention_item(state.params, state.batch_stats),
+        "optimizer": {"step": state.step, "state": state.opt_state},
+    }

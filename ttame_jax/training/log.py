@@ -11,7 +11,7 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
-from ttame_jax.files import in_bucket, write_atomically
+from ttame_jax.files import in_bucket, to_json, write_atomically
 from ttame_jax.training.feed import Feed
 
 # Interval for events, and for logs in a bucket, whose objects cannot be appended to.
@@ -104,7 +104,7 @@ class JsonLines:
             self.flush()
 
     def append(self, record: Mapping) -> None:
-        self._lines.append(json.dumps(record) + "\n")
+        self._lines.append(to_json(record) + "\n")
         if self._appends:
             with self.path.open("a") as file:
                 file.write(self._lines[-1])

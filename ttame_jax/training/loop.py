@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
+import math
 import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -19,16 +19,29 @@ from jax.sharding import PartitionSpec as P
 from ttame_jax.config import CONFIG_FILE, TrainConfig
 from ttame_jax.data import Batches, load_source, train_batches
 from ttame_jax.mesh import AXIS, check_batch_size, data_mesh, replicate
-from ttame_jax.runs import build_attention, build_backbone, load_config
+from ttame_jax.runs import build_attention, build_backbone, load_config, load_inputs
 from ttame_jax.training.batch_size import largest_batch
 from ttame_jax.training.checkpoints import Checkpoints
 from ttame_jax.training.feed import Feed
 from ttame_jax.training.log import Log, say
 from ttame_jax.training.optimizer import OneCycle, one_cycle_sgd
 from ttame_jax.training.step import TrainState, initial_state, make_train_step
+from ttame_jax.weights.transfer import digest
 
 Validate = Callable[[TrainState], dict[str, float]]
 """Computes the validation metrics of a state, by name (``AD_15`` and ``IC_15`` among them)."""
+
+
+PATIENCE = 3
+"""Logged losses in a row that may be infinite or NaN before a run counts as diverged."""
+
+
+UNRELATED = frozenset({"output", "workers", "log_every", "checkpoint_every"})
+"""Settings that a resumed run may change, since no result depends on them."""
+
+
+class Diverged(ValueError):
+    """Training has diverged: the loss or the parameters are no longer finite."""
 
 
 class Plan(NamedTuple):
@@ -61,6 +74,8 @@ class Trainer:
         self.masking = config.masking or self.backbone.masking
         self.backbone_state = replicate(nnx.state(self.backbone), self.mesh)
         self.source = load_source(config.dataset, config.train_split, config.data_dir)
+        self.inputs = {"weights": digest(self.backbone), "images": self.source.fingerprint}
+        _check_inputs(config, self.inputs)
         batch_size = config.batch_size
         if batch_size == "auto":
             batch_size = largest_batch(self._compiled_step, len(self.source))
@@ -74,13 +89,17 @@ class Trainer:
             )
 
     def train(self, validate: Validate | None = None) -> None:
-        """Runs all remaining steps, or those until SIGTERM, which saves a checkpoint.
+        """Runs all remaining steps, or those until SIGTERM or Ctrl-C, which save a checkpoint.
 
         Writes ``config.json``, ``metrics.jsonl``, ``validation.jsonl``, TensorBoard events and
         ``checkpoints/`` into the run's folder.
 
         Args:
           validate: called after each epoch; None disables validation.
+
+        Raises:
+          Diverged: the loss or the parameters are no longer finite. They are not saved.
+          KeyboardInterrupt: Ctrl-C, after the checkpoint; at once if it is pressed twice.
         """
         config, plan = self.config, self.plan
         learning_rate = jax.jit(plan.cycle.learning_rate)
@@ -95,12 +114,13 @@ class Trainer:
                 batches.set_state(position)
             first, metrics = int(state.step), None
             if jax.process_index() == 0:
-                config.save()
+                config.save(inputs=self.inputs)
             self._announce(first)
             with (
                 Feed(batches, self.mesh) as feed,
                 Log(config.output, first, plan.total_steps, feed) as log,
             ):
+                infinite = 0  # logged losses in a row
                 for step in range(first + 1, plan.total_steps + 1):
                     images = feed.take(running=metrics)
                     state, metrics = plan.step(state, self.backbone_state, images)
@@ -108,17 +128,30 @@ class Trainer:
                     if step % config.log_every == 0 or step == plan.total_steps:
                         rate = learning_rate(step - 1)
                         log.write(step, {**metrics, "learning_rate": rate}, self.batch_size)
+                        infinite = 0 if math.isfinite(metrics["loss"]) else infinite + 1
                     stop = preempted(step)
-                    if step % plan.steps_per_epoch == 0:
+                    epoch_ends = step % plan.steps_per_epoch == 0
+                    saves = epoch_ends or step % config.checkpoint_every == 0 or stop
+                    if infinite == PATIENCE or (saves and not _all_finite(state)):
+                        raise self._diverged(step, learning_rate(step - 1), checkpoints.latest)
+                    if epoch_ends:
                         figures = validate(state) if validate else None
                         if figures:
                             log.write_validation(step, step // plan.steps_per_epoch, figures)
                         checkpoints.save(state, feed.state, figures)
-                    elif step % config.checkpoint_every == 0 or stop:
+                    elif saves:
                         checkpoints.save(state, feed.state)
                     if stop:
                         return say(f"stopped after step {step}: the same command resumes there")
             say(f"done: ttame explain IMAGE --run {config.output} --output DIR")
+
+    def _diverged(self, step: int, rate: jax.Array, saved: int | None) -> Diverged:
+        last = f"the last good checkpoint is of step {saved}" if saved else "nothing was saved"
+        return Diverged(
+            f"training diverged: at step {step}, with a learning rate of {float(rate):.2g}, the loss "
+            f"or the parameters are not finite; {last}. Choose a lower --learning-rate and another "
+            "--output"
+        )
 
     def _plan(self, batch_size: int) -> Plan:
         config = self.config
@@ -172,6 +205,12 @@ class Trainer:
         )
 
 
+@jax.jit
+def _all_finite(state: TrainState) -> jax.Array:
+    leaves = jax.tree.leaves((state.params, state.batch_stats))
+    return jnp.array([jnp.isfinite(x).all() for x in leaves]).all()
+
+
 def settle(config: TrainConfig) -> TrainConfig:
     """Checks a configuration against the run in its folder, and adopts that run's batch size if
     the configuration says auto.
@@ -191,10 +230,13 @@ def settle(config: TrainConfig) -> TrainConfig:
 
 
 def _check_same(before: TrainConfig, config: TrainConfig) -> None:
+    free = UNRELATED
+    if load_inputs(config.output):  # what is read is compared itself, and may have moved
+        free = free | {"weights", "data_dir"}
     changed = [
         f"--{field.name.replace('_', '-')} was {getattr(before, field.name)}"
         for field in dataclasses.fields(config)
-        if field.name != "output" and getattr(before, field.name) != getattr(config, field.name)
+        if field.name not in free and getattr(before, field.name) != getattr(config, field.name)
     ]
     if changed:
         raise ValueError(
@@ -203,19 +245,46 @@ def _check_same(before: TrainConfig, config: TrainConfig) -> None:
         )
 
 
+def _check_inputs(config: TrainConfig, inputs: Mapping[str, str]) -> None:
+    """Refuses to resume a run with other weights or images than it has been trained with."""
+    if not (epath.Path(config.output) / CONFIG_FILE).is_file():
+        return
+    changed = [
+        f"its {name} were {before}, now {inputs[name]}"
+        for name, before in load_inputs(config.output).items()
+        if before != inputs[name]
+    ]
+    if changed:
+        raise ValueError(
+            f"{config.output} was trained with other inputs ({'; '.join(changed)}): restore them, "
+            "or choose another --output"
+        )
+
+
 @contextlib.contextmanager
 def preemption() -> Iterator[Callable[[int], bool]]:
-    """Yields a function that tells after each step whether SIGTERM has asked to stop.
+    """Yields a function that tells after each step whether a signal has asked to stop.
 
-    Of several processes any one may receive the signal. JAX's preemption service, which then
-    listens for it, makes all of them stop after the same step.
+    The signals are SIGTERM and, in a run of a single process, SIGINT (Ctrl-C). After SIGINT the
+    context manager raises KeyboardInterrupt at its end; a second SIGINT raises it at once.
+
+    Of several processes any one may receive SIGTERM. JAX's preemption service, which then listens
+    for it, makes all of them stop after the same step.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return
-    event = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    received = []
+
+    def stop(number, frame):
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda step: event.is_set()
+        yield lambda step: bool(received)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if signal.SIGINT in received:
+        raise KeyboardInterrupt

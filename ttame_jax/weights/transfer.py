@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ttame_jax import files
 from ttame_jax.backbones import Backbone, family_of
 from ttame_jax.backbones.tensors import SAME, Entry, Table, Transform
 from ttame_jax.files import Tensors
@@ -23,6 +24,12 @@ def parameters(module: nnx.Module) -> dict[str, jax.Array | jax.ShapeDtypeStruct
     """Parameters and statistics of a module (also an abstract one) by dotted path."""
     flat = nnx.to_flat_state(nnx.state(module))
     return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
+
+
+def digest(module: nnx.Module) -> str:
+    """A digest of a module's parameters and statistics, with their paths."""
+    values = sorted(parameters(module).items())
+    return files.digest(part for path, value in values for part in (path, np.asarray(value)))
 
 
 def tables(backbone: Backbone) -> dict[str, Table]:
@@ -193,6 +200,8 @@ def _cross(module, entry: Entry, tensor: np.ndarray, needed, misfit: str) -> np.
     except ValueError:  # a transform that cannot even be applied to this shape
         value = None
     if value is not None and value.shape == needed.shape:
+        if fault := _fault(tensor, value):
+            raise ValueError(f"{misfit}: {key} {fault}")
         return value
     shape = _torch_shape(transform, needed.shape)
     line = f"{misfit}: {key} has shape {list(tensor.shape)}, needed is {list(shape)}"
@@ -200,6 +209,15 @@ def _cross(module, entry: Entry, tensor: np.ndarray, needed, misfit: str) -> np.
     if shape and classes == shape[0] and tensor.shape[1:] == shape[1:]:
         line += f"; for a classifier of {len(tensor)} classes pass num_classes={len(tensor)}"
     raise ValueError(line)
+
+
+def _fault(tensor: np.ndarray, value: np.ndarray) -> str | None:
+    """What is wrong with the numbers of a tensor; `value` is what becomes of it."""
+    if value.dtype == np.int32:  # the counter of a BatchNorm, which no output depends on
+        return None
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        return f"must be floating-point numbers, not {tensor.dtype}"
+    return None if np.isfinite(value).all() else "has values that are not finite"
 
 
 def _some(keys: list[str], limit: int = 5) -> str:
