@@ -18,7 +18,7 @@ from ttame_jax.metrics import Evaluator
 from ttame_jax.metrics.ad_ic import average_drop, increase_in_confidence
 from ttame_jax.preprocessing import Preprocessing
 from ttame_jax.runs import load_config
-from ttame_jax.weights.transfer import fill, parameters
+from ttame_jax.weights.transfer import fill, parameters, to_torch
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,20 @@ SIZES = " ".join(f"{name} {value}" for name, value in TINY.items())
         ("explain {}/image.png --run {}/unknown --output {}/out", "colour"),
         ("explain {}/image.png --run {}/lacking --output {}/out", "backbone"),
         ("explain {}/image.png --run {}/wrong --output {}/out", "wrong/config.json is damaged"),
+        ("explain {}/image.png {}/text.png --run {}/run --output {}/out", "cannot decode"),
+        ("explain {}/image.png --run {}/run --output {}/text.png", "text.png is a file"),
+        ("explain {}/image.png --run {}/run --output {}/text.png/out", "text.png is a file"),
+        ("evaluate --run {}/run --output {}/run", "run is a folder: --output must be a file"),
+        ("evaluate --run {}/run --output {}/text.png/a.json", "text.png is a file"),
+        ("compare --run {}/run --output {}/text.png", "text.png is a file"),
+        ("train --backbone vit --dataset folder:{} --output {}/text.png", "text.png is a file"),
+        ("demo --output {}/text.png", "text.png is a file"),
+        ("curves --output {}/out", "no figures given"),
+        ("curves {}/none.json --output {}/out", "none.json"),
+        ("curves {}/text.png --output {}/out", "text.png is not a file of figures"),
+        ("curves {}/cut/config.json --output {}/out", "config.json is not a file of figures"),
+        ("curves {}/list/config.json --output {}/out", "config.json has no ROAD figures"),
+        ("curves {}/unknown/config.json --output {}/out", "config.json has no ROAD figures"),
         (EXPLAIN + " --classes 5", "classes must lie in 0 to 4"),
         (EXPLAIN + " --classes 99999999999999999999", "there is no class 99999999999999999999"),
         (EXPLAIN + " --classes zebra", "classes 'zebra'"),
@@ -215,6 +229,34 @@ def test_weights_that_are_integers_are_refused(dtype, tmp_path):
     save_file(tensors, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match="head.kernel must be floating-point numbers, not"):
         load_backbone("vit", tmp_path / "w.safetensors", **TINY)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_no_flipped_byte_of_a_weights_file_is_loaded(suffix, tmp_path, monkeypatch):
+    monkeypatch.setenv("TTAME_CACHE", str(tmp_path / "cache"))
+    backbone = load_backbone("vit", **TINY)
+    path = tmp_path / f"w.{suffix}"
+    if suffix == "pth":
+        torch = pytest.importorskip("torch")
+        state = to_torch(backbone, "timm")
+        torch.save({key: torch.from_numpy(np.array(x)) for key, x in state.items()}, path)
+    else:
+        save_backbone(backbone, path)
+    whole, intact = path.read_bytes(), parameters(load_backbone("vit", path, **TINY))
+    refused = 0
+    for place in np.linspace(0, len(whole) - 1, 40).astype(int):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x10
+        path.write_bytes(damaged)
+        try:
+            loaded = parameters(load_backbone("vit", path, **TINY))
+        except ValueError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        else:  # in a byte that no tensor is read from
+            for name, value in intact.items():
+                np.testing.assert_array_equal(loaded[name], value)
+    assert refused > 20
 
 
 def test_pictures_of_32_bits_a_pixel_are_refused(tmp_path):

@@ -1,11 +1,13 @@
 """Reads and writes files. They are written completely or not at all, on disks and in buckets."""
 
+import functools
 import hashlib
 import io
 import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,12 +37,62 @@ def absolute(path: PathLike) -> epath.Path:
 
 
 def write_atomically(path: PathLike, content: str | bytes) -> None:
-    """Writes a file under a temporary name and moves it into place. Creates its folder."""
-    path = epath.Path(path)
+    """Writes a file under a temporary name and moves it into place. Creates its folder.
+
+    On a disk, the content is flushed before the move. A failure leaves the old file, if there was
+    one, and no temporary file.
+    """
+    path, content = epath.Path(path), content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    temporary.replace(path)
+    if in_bucket(path):  # an object is written whole or not at all
+        path.write_bytes(content)
+        return
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(handle)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp lets only the owner read
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+@functools.cache  # reading it changes it for a moment
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def check_output_folder(path: PathLike) -> None:
+    """Checks, before any work, that files can be written into a folder, which may not exist yet.
+
+    Raises:
+      OSError: they cannot.
+    """
+    if in_bucket(path):
+        return
+    existing = Path(path).absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing} is a file: --output needs a folder there")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"{existing} is not writable: choose another --output")
+
+
+def check_output_file(path: PathLike) -> None:
+    """Checks, before any work, that a file can be written.
+
+    Raises:
+      OSError: it cannot.
+    """
+    if not in_bucket(path) and Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder: --output must be a file")
+    check_output_folder(epath.Path(path).parent)
 
 
 def digest(parts: Iterable[str | np.ndarray]) -> str:
@@ -82,19 +134,32 @@ def read_safetensors(path: PathLike) -> tuple[Tensors, dict[str, str]]:
     """Tensors and metadata of a safetensors file.
 
     Raises:
-      ValueError: the file is not a safetensors file.
+      ValueError: the file is not a safetensors file, or its content is not what
+        `write_safetensors` wrote.
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            keys = file.keys()
-            return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
+    if metadata.pop(DIGEST, None) not in (None, _digest_of(tensors, metadata)):
+        raise ValueError(f"{path} is damaged: its content is not what was written")
+    return tensors, metadata
 
 
 def write_safetensors(path: PathLike, tensors: Tensors, metadata: dict[str, str]) -> None:
-    """Writes tensors and metadata as a safetensors file."""
-    write_atomically(path, save(tensors, metadata))
+    """Writes tensors and metadata as a safetensors file, with a digest of both."""
+    write_atomically(path, save(tensors, metadata | {DIGEST: _digest_of(tensors, metadata)}))
+
+
+DIGEST = "ttame_jax_digest"
+"""Key of a safetensors file's metadata for the digest of its content."""
+
+
+def _digest_of(tensors: Tensors, metadata: Mapping[str, str]) -> str:
+    entries = [*sorted(metadata.items()), *sorted(tensors.items(), key=lambda entry: entry[0])]
+    return digest(part for entry in entries for part in entry)
 
 
 @contextmanager
@@ -107,8 +172,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     if path.exists():
         raise ValueError(f"{path} exists already: choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary.chmod(0o777 & ~_umask())  # mkdtemp lets only the owner in
     try:
         yield temporary
         os.replace(temporary, path)

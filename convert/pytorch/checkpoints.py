@@ -1,6 +1,7 @@
 """PyTorch's checkpoint files, read without running code from them, and the cache of what was read."""
 
 import hashlib
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,7 @@ def read_torch(path: Path) -> Any:
         import torch
     except ImportError:
         raise ImportError(f"reading {path} needs PyTorch: {INSTALL}") from None
+    _check_zip(path)
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # noqa: BLE001  an older format, or damaged: torch.load tells
@@ -60,6 +62,19 @@ def read_torch(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001  torch raises many types
         raise ValueError(f"{path} is not a plain checkpoint: {_reason(error)}") from None
+
+
+def _check_zip(path: Path) -> None:
+    """Checks the checksums of a zip file, as `torch.save` writes it, which PyTorch does not do."""
+    if not zipfile.is_zipfile(path):
+        return  # an older format, or damaged: torch.load tells
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except Exception as error:  # noqa: BLE001  zipfile and zlib raise many types
+        raise ValueError(f"{path} is not a plain checkpoint: {_reason(error)}") from None
+    if damaged:
+        raise ValueError(f"{path} is damaged: {damaged} does not match its checksum")
 
 
 class _Nothing:

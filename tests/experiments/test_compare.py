@@ -90,6 +90,17 @@ def test_figures_of_another_checkpoint_or_of_other_images_are_measured_again(
     assert measured[3:] == ["gradcam", "ttame"]
 
 
+def test_damaged_figures_are_measured_again(run, tmp_path):
+    words = ["--methods", "gradcam", "--pictures", "0", "--measures", "ad,ic"]
+    compare(run, tmp_path, *words)
+    path = tmp_path / "gradcam.json"
+    whole = json.loads(path.read_text())
+    for damaged in (path.read_text()[:100], "[]", ""):
+        path.write_text(damaged)
+        compare(run, tmp_path, *words)
+        assert json.loads(path.read_text())["AD"] == whole["AD"]
+
+
 def test_a_method_that_fails_is_reported_and_the_rest_goes_on(run, tmp_path, capsys):
     words = ["--methods", "gradcam,lcam,ttame", "--pictures", "0", "--measures", "ad,ic"]
     config = ["--method-config", "gradcam.layer", "nowhere"]

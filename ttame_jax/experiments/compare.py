@@ -19,7 +19,7 @@ from ttame_jax.experiments import tables
 from ttame_jax.experiments.arguments import Names
 from ttame_jax.experiments.curves import curves
 from ttame_jax.experiments.evaluate import EvaluationOptions, EvaluationSetup, MetricNames
-from ttame_jax.files import to_json, write_atomically
+from ttame_jax.files import check_output_folder, to_json, write_atomically
 from ttame_jax.methods import Method, compute_maps, list_methods, load_method, method_title
 from ttame_jax.plots import explanation_grid, save_figure
 from ttame_jax.preprocessing import to_float
@@ -62,6 +62,7 @@ def compare(config: CompareConfig) -> dict[str, dict]:
       ValueError: the runs are of different backbones, or every method fails.
       FileNotFoundError: a run, the images or the weights are missing.
     """
+    check_output_folder(config.output)
     comparison = Comparison(config)
     figures, failures = {}, {}
     for name in comparison.names:
@@ -132,10 +133,8 @@ class Comparison:
         """The figures of a method, from its file if that has the same settings."""
         path = self.config.output / f"{name}.json"
         settings = self._settings(name)
-        if path.is_file():
-            figures = json.loads(path.read_text())
-            if figures["settings"] == settings:
-                return figures
+        if (figures := _read(path)) and figures.get("settings") == settings:
+            return figures
         method = self.method(name)
         indices = thin(self.setup.indices, self.config.limits.get(name))
         _say(f"{name}: {len(indices)} images, {method.forward_passes} forward passes each")
@@ -189,6 +188,15 @@ class Comparison:
     def _class_name(self, label: int) -> str:
         names = self.setup.source.class_names
         return names[label] if names and len(names) == self.backbone.num_classes else str(label)
+
+
+def _read(path: Path) -> dict:
+    """The figures in a file; empty if it does not exist or is damaged."""
+    try:
+        figures = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        return {}
+    return figures if isinstance(figures, dict) else {}
 
 
 @nnx.jit

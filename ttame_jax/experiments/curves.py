@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ttame_jax.experiments.tables import titles
-from ttame_jax.files import write_atomically
+from ttame_jax.files import check_output_folder, write_atomically
 from ttame_jax.plots import line_style, save_figure
 
 ORDERS = {"MoRF": "most relevant first (lower is better)", "LeRF": "least relevant first (higher)"}
@@ -24,8 +24,10 @@ def curves(figures: Sequence[Path], output: Path) -> None:
       output: folder for `road.png`, `road.svg` and `road.csv`.
 
     Raises:
-      ValueError: a file has no ROAD figures.
+      ValueError: a file is damaged or has no ROAD figures.
+      FileNotFoundError: a file does not exist.
     """
+    check_output_folder(output)
     lines = _read(figures)
     figure = draw(lines)
     for suffix in ("png", "svg"):
@@ -38,14 +40,21 @@ def _read(paths: Sequence[Path]) -> dict[str, dict]:
     """Returns `{name: figures}`, where the name also replaces the method in the figures."""
     if not paths:
         raise ValueError("no figures given: ttame curves FIGURES.json... --output DIR")
-    contents = [json.loads(path.read_text()) for path in paths]
-    for path, content in zip(paths, contents):
-        if "ROAD" not in content:
-            raise ValueError(f"{path} has no ROAD figures: run ttame evaluate --measures road")
+    contents = [_figures(path) for path in paths]
     methods = [content["method"] for content in contents]
     unique = len(set(methods)) == len(methods)
     names = methods if unique else [path.stem for path in paths]
     return {name: content | {"method": name} for name, content in zip(names, contents)}
+
+
+def _figures(path: Path) -> dict:
+    try:
+        figures = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not a file of figures: {error}") from error
+    if not isinstance(figures, dict) or "ROAD" not in figures:
+        raise ValueError(f"{path} has no ROAD figures: run ttame evaluate --measures road")
+    return figures
 
 
 def draw(lines: Mapping[str, Mapping]) -> Figure:

@@ -12,7 +12,7 @@ from ttame_jax.config import preset
 from ttame_jax.data import Source, evaluation_batches, load_source
 from ttame_jax.experiments.train import train
 from ttame_jax.explainer import Explainer
-from ttame_jax.files import write_atomically
+from ttame_jax.files import check_output_folder, write_atomically
 from ttame_jax.metrics.evaluation import Evaluator, summarise
 from ttame_jax.plots import heatmap, overlay, save_image
 from ttame_jax.preprocessing import to_float
@@ -31,6 +31,7 @@ def run_demo(output: Path) -> None:
 
     A second call reuses the classifier and the run of the first.
     """
+    check_output_folder(output)
     start = time.monotonic()
     weights = output / f"{BACKBONE}.safetensors"
     if not weights.exists():

@@ -100,6 +100,7 @@ def evaluate(config: EvaluateConfig) -> dict:
       ValueError: the source has no image of the list, or the method does not apply.
       FileNotFoundError: the run, the images or the weights are missing.
     """
+    files.check_output_file(config.output)
     run = load_run(config.run, config.weights)
     name = config.method or run.attention.variant
     method = load_method(name, run.backbone, run.attention, **config.method_config)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ttame_jax.data import preprocess
 from ttame_jax.explainer import Classes, Explainer
-from ttame_jax.files import save_arrays
+from ttame_jax.files import check_output_folder, save_arrays
 from ttame_jax.plots import explanation_figure, save_figure
 from ttame_jax.preprocessing import to_float
 from ttame_jax.runs import load_explainer
@@ -43,9 +43,12 @@ def explain_files(
       FileNotFoundError: the run or an image does not exist.
       UnreadableImage: a file is not an image.
     """
+    check_output_folder(output)
     stems = _output_stems(images, output)
-    explainer = load_explainer(run, weights, method)
     wanted = _parse_classes(classes)
+    explainer = load_explainer(run, weights, method)
+    for path in images:  # a bad file is found before a slow method starts
+        preprocess(path, explainer.backbone.preprocessing)
     for path, stem in zip(images, stems):
         _explain_file(explainer, path, wanted, stem)
 

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from ttame_jax.config import CONFIG_FILE, TrainConfig
 from ttame_jax.data import Batches, load_source, train_batches
+from ttame_jax.files import check_output_folder
 from ttame_jax.mesh import AXIS, check_batch_size, data_mesh, replicate
 from ttame_jax.runs import build_attention, build_backbone, load_config, load_inputs
 from ttame_jax.training.batch_size import largest_batch
@@ -67,6 +68,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig):
+        check_output_folder(config.output)
         self.config = config = settle(config)
         self.mesh = data_mesh()
         self.backbone = build_backbone(config)

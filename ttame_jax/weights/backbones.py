@@ -58,9 +58,9 @@ def load_backbone(
     path, described = _locate(name, weights)
     tensors, metadata = read_safetensors(path)
     if metadata.get("format") == FORMAT:
-        if metadata["name"] != name:
-            raise ValueError(f"{weights} holds a {metadata['name']}, not a {name}")
-        described = json.loads(metadata["config"])
+        if metadata.get("name") != name:
+            raise ValueError(f"{weights} holds a {metadata.get('name')}, not a {name}")
+        described = json.loads(metadata.get("config", "{}"))
     else:
         described = _described(name, config) | described
     abstract = transfer.abstract(lambda rngs: _build(name, described | config, rngs))
