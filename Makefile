@@ -25,13 +25,13 @@ test: $(VENV)/.dev
 # The demo needs neither PyTorch nor TensorFlow.
 $(VENV)/.demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[demo]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[demo]'
 	touch $@
 
 # Reinstalls only when the dependencies change.
 $(VENV)/.dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
 	touch $@ $(VENV)/.demo
 
 # The oldest versions that pyproject.toml allows, without PyTorch and TensorFlow: training,

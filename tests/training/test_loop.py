@@ -187,7 +187,7 @@ def test_no_flipped_byte_of_a_checkpoint_is_loaded(config, tmp_path, capfd):
                 np.testing.assert_array_equal(value, expected)
             found.append(step)
             path.write_bytes(content)
-    assert found.count(4) > len(found) / 4  # the others are in what is not read
+    assert found.count(4) >= 5  # the others are in what is not read
     assert f"checkpoint {newest} is damaged" in capfd.readouterr().err
 
 
