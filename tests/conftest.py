@@ -1,6 +1,10 @@
 import os
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
+
+# XLA ends the process if it does not know a flag.
+KNOWS_EMITTERS = tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 12)
 
 # Before JAX starts: eight simulated devices, so that every compiled step is really parallel, and
 # programs that compile in half the time, since most of them run only once.
@@ -9,8 +13,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false",
         "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_cpu_use_fusion_emitters=false" if KNOWS_EMITTERS else "",
     ]
 )
 
