@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from ttame_jax.cli import main
+from ttame_jax.experiments.resumable import _column
 
 
 def test_help_names_every_command():
@@ -153,6 +154,12 @@ def test_evaluate_measures_another_method_of_the_runs_backbone(words, run, tmp_p
     assert {"AD", "IC", "deletion"} <= figures.keys()
 
 
+def test_rows_of_a_file_have_nan_where_it_has_null():
+    column = _column([[0.5, None], [None, 1.0]])
+    np.testing.assert_array_equal(column, [[0.5, np.nan], [np.nan, 1.0]])
+    assert _column([3, 4]).dtype.kind == "i"
+
+
 def test_an_interrupted_evaluation_resumes(run, tmp_path, monkeypatch):
     from ttame_jax.metrics.evaluation import Evaluator
 
@@ -190,6 +197,8 @@ def test_an_interrupted_evaluation_resumes(run, tmp_path, monkeypatch):
     )
     for name in ("images", "AD", "IC"):
         assert figures[name] == whole[name]
+    assert set(figures["settings"]["inputs"]) == {"weights", "images", "attention"}
+    assert figures["settings"]["inputs"] == whole["settings"]["inputs"]
 
 
 def test_a_list_chooses_images_by_name(run, tmp_path, capsys):

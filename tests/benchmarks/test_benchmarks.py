@@ -22,7 +22,7 @@ from ttame_jax.training.optimizer import OneCycle, one_cycle_sgd
 from ttame_jax.training.step import initial_state, make_train_step
 from ttame_jax.weights import abstract_backbone
 
-SETTING = {"backbone": "resnet18", "batch_size": 8, "image_size": 32, "rounds": 1}
+SETTING = {"backbone": "resnet18", "batch_size": 8, "image_size": 64, "rounds": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -42,9 +42,9 @@ def test_train_step_compares_with_pytorch(capsys):
     result = printed(capsys, train_step.run, train_step.Options(**SETTING, compare=True))
     rates = result["images_per_second"], result["torch_images_per_second"]
     assert result["ratio"] == pytest.approx(rates[0] / rates[1])
-    assert result["program_memory_bytes"] > 8 * 32 * 32 * 3
+    assert result["program_memory_bytes"] > 8 * 64 * 64 * 3
     # The compiler leaves out products with padding: a good part of such small maps.
-    assert 0.4 < result["gflops_per_image_compiled"] / result["gflops_per_image"] < 1
+    assert 0.7 < result["gflops_per_image_compiled"] / result["gflops_per_image"] < 1
     assert result["share_of_peak"] is None  # of a CPU
 
 

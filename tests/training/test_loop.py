@@ -23,7 +23,7 @@ from ttame_jax.runs import (
     save_attention,
 )
 from ttame_jax.training import step as step_module
-from ttame_jax.training.loop import Diverged
+from ttame_jax.training.loop import Diverged, preemption
 from ttame_jax.weights import load_backbone, save_backbone
 
 
@@ -276,6 +276,21 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_it(config, monkeypatch):
     logged = (config.output / "metrics.jsonl").read_text()
     assert "NaN" not in logged
     assert [line["loss"] for line in lines(config.output / "metrics.jsonl")] == [None, None]
+
+
+def test_an_impossible_rate_is_reported_and_not_done(config):
+    with pytest.raises(Diverged, match="training diverged: .* lower --learning-rate"):
+        train(dataclasses.replace(config, learning_rate=1e30))
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), preemption() as preempted:
+        signal.raise_signal(signal.SIGINT)
+        assert preempted(1)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the second one was ignored")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_ctrl_c_saves_and_exits_with_130(config, start):

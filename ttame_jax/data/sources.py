@@ -91,7 +91,8 @@ def load_source(dataset: str, split: str, data_dir: str | Path | None = None) ->
         names the command to prepare it.
       ValueError: the data set or split does not exist, or has no images.
     """
-    if data_dir is not None and not in_bucket(data_dir) and not Path(data_dir).is_dir():
+    here = data_dir is not None and not in_bucket(data_dir)
+    if here and not Path(data_dir).expanduser().is_dir():
         raise FileNotFoundError(f"no folder {data_dir} of prepared data sets (--data-dir)")
     kind, _, folder = dataset.partition(":")
     if kind == "folder":

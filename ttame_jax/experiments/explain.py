@@ -41,16 +41,17 @@ def explain_files(
     Raises:
       ValueError: no image, an unknown method, or unknown classes.
       FileNotFoundError: the run or an image does not exist.
+      OSError: `output` cannot be written.
       UnreadableImage: a file is not an image.
     """
     check_output_folder(output)
     stems = _output_stems(images, output)
     wanted = _parse_classes(classes)
     explainer = load_explainer(run, weights, method)
-    for path in images:  # a bad file is found before a slow method starts
-        preprocess(path, explainer.backbone.preprocessing)
-    for path, stem in zip(images, stems):
-        _explain_file(explainer, path, wanted, stem)
+    # All at once, so that a bad file is found before a slow method starts.
+    pictures = [preprocess(path, explainer.backbone.preprocessing) for path in images]
+    for picture, stem in zip(pictures, stems):
+        _explain_picture(explainer, picture, wanted, stem)
 
 
 def _output_stems(images: Sequence[Path], output: Path) -> list[Path]:
@@ -93,8 +94,9 @@ def _parse_classes(text: str) -> Classes:
     return np.array([ids], int)
 
 
-def _explain_file(explainer: Explainer, path: Path, classes: Classes, stem: Path) -> None:
-    picture = preprocess(path, explainer.backbone.preprocessing)
+def _explain_picture(
+    explainer: Explainer, picture: np.ndarray, classes: Classes, stem: Path
+) -> None:
     explanation = explainer(to_float(picture[None]), classes)
     arrays = {
         field.name: np.asarray(getattr(explanation, field.name)[0])

@@ -60,7 +60,7 @@ class ResumableRows:
                     self._append(new)
                 bar.update(count)
         records.sort(key=lambda record: record["index"])
-        rows = {name: np.array([record[name] for record in records]) for name in records[0]}
+        rows = {name: _column([record[name] for record in records]) for name in records[0]}
         return rows, float(rows.pop("seconds").sum())
 
     def remove(self) -> None:
@@ -78,3 +78,9 @@ class ResumableRows:
             lines = [self.header]
         write_atomically(self.path, "".join(line + "\n" for line in lines))
         return [json.loads(line) for line in lines[1:]]
+
+
+def _column(values: Sequence) -> np.ndarray:
+    """One value per image; null, which stands for NaN in the file, becomes NaN again."""
+    column = np.array(values)
+    return column.astype(float) if column.dtype == object else column

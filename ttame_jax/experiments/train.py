@@ -6,7 +6,7 @@ from ttame_jax.config import TrainConfig
 from ttame_jax.data import load_source, select
 from ttame_jax.methods import TTAME
 from ttame_jax.metrics.evaluation import Evaluator
-from ttame_jax.training.loop import Trainer, Validate
+from ttame_jax.training.loop import Diverged, Trainer, Validate
 from ttame_jax.training.step import TrainState
 
 
@@ -17,6 +17,7 @@ def train(config: TrainConfig) -> None:
       ValueError: the folder holds a run of another configuration, or the batch does not divide
         over the devices.
       FileNotFoundError: weights or images are missing; the message tells how to get them.
+      Diverged: the loss, the parameters or the maps are no longer finite.
     """
     trainer = Trainer(config)
     trainer.train(make_validate(trainer))
@@ -38,8 +39,13 @@ def make_validate(trainer: Trainer) -> Validate | None:
 
     def validate(state: TrainState) -> dict[str, float]:
         attention = nnx.merge_state(state.params, state.batch_stats)
-        return evaluator.figures(
-            nnx.State({"backbone": trainer.backbone_state, "attention": attention})
-        )
+        whole = nnx.State({"backbone": trainer.backbone_state, "attention": attention})
+        try:
+            return evaluator.figures(whole)
+        except ValueError as error:  # finite parameters may give maps that are not
+            raise Diverged(
+                f"training diverged: in validation, {error}. Choose a lower --learning-rate and "
+                "another --output"
+            ) from error
 
     return validate
