@@ -145,7 +145,7 @@ def from_reference(path: Path, output: Path, weights: str = "torchvision") -> Tr
             fill(backbone, to_flax(backbone, checkpoint.body, str(path)))
             save_backbone(backbone, folder / BACKBONE_FILE)
             config = dataclasses.replace(config, weights=str(output / BACKBONE_FILE))
-        save_attention(folder, attention, checkpoint.step)
+        save_attention(folder, attention, checkpoint.step, config)
         config.save(folder)
     return config
 

@@ -28,9 +28,11 @@ def backbone(
       num_classes: Number of classes, if it is not the model's own.
       image_size: Height and width of the input, if they are not the model's own.
     """
+    from ttame_jax.files import check_output_file
     from ttame_jax.weights import load_backbone, save_backbone
     from ttame_jax.weights.transfer import parameters
 
+    check_output_file(output)
     weights = weights or ("timm" if name.startswith("timm:") else "torchvision")
     model = load_backbone(name, weights, num_classes=num_classes, image_size=image_size)
     save_backbone(model, output)

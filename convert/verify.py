@@ -10,6 +10,7 @@ from flax import nnx
 
 from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import Backbone
+from ttame_jax.errors import Failure
 from ttame_jax.methods import TTAME
 from ttame_jax.runs import load_run
 from ttame_jax.weights import load_backbone
@@ -43,8 +44,13 @@ def verify(
       One line for each library.
 
     Raises:
-      ValueError: a difference exceeds the tolerance, or no library has the backbone.
+      ValueError: no library has the backbone, or `images` or `tolerance` is not positive.
+      Failure: a difference exceeds the tolerance.
     """
+    if images < 1:
+        raise ValueError(f"--images must be at least 1, not {images}")
+    if not tolerance > 0:
+        raise ValueError(f"--tolerance must be positive, not {tolerance}")
     if Path(target).is_dir():
         run = load_run(Path(target), weights)
         backbone, attention = run.backbone, run.attention
@@ -61,7 +67,7 @@ def verify(
         above = {what: value for what, value in found.items() if not value <= tolerance}
         if above:
             worst = max(above, key=above.__getitem__)
-            raise ValueError(
+            raise Failure(
                 f"{target} differs from {name}: {worst} by {above[worst]:.1e}, "
                 f"above the tolerance of {tolerance:g}"
             )

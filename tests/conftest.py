@@ -74,6 +74,19 @@ def pictures(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def refusal(capsys):
+    """Runs a command that must fail: its exit status, and the line that it printed last."""
+    from ttame_jax.cli import main
+
+    def run(words):
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in words])
+        return stop.value.code, capsys.readouterr().err.splitlines()[-1]
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def run(pictures, tmp_path_factory) -> Path:
     """A finished run of `ttame train` on the pictures, its backbone the smallest ViT."""

@@ -28,22 +28,33 @@ def backbone():
 
 @pytest.fixture(scope="module")
 def place(run, pictures, tmp_path_factory):
-    """A folder with a run, an image, and files that are none."""
+    """A folder with a run, images, and files that are not what they seem."""
     folder = tmp_path_factory.mktemp("place")
     shutil.copytree(run, folder / "run")
+    shutil.copytree(pictures, folder / "pictures")
     shutil.copy(next((pictures / "validation").iterdir()), folder / "image.png")
-    (folder / "text.png").write_text("not an image")
+    for name in ("text.png", "text.safetensors", "text.pth", "text.ckpt", "text.json"):
+        (folder / name).write_text("not what its name says")
+    (folder / "binary.txt").write_bytes(bytes(range(256)))
+    (folder / "list.txt").write_text("absent.png 0\n")
     (folder / "cut.png").write_bytes((folder / "image.png").read_bytes()[:200])
     Image.fromarray(np.ones((40, 40), np.float32)).save(folder / "float.tif")
+    (folder / "empty").mkdir()
     for name, text in (
         ("cut", '{"backbone": "vit", '),
-        ("list", "[]"),
+        ("array", "[]"),
         ("unknown", '{"backbone": "vit", "loss": {}, "colour": 3}'),
         ("lacking", '{"loss": {}}'),
         ("wrong", '{"backbone": "vit", "loss": {}, "epochs": "three"}'),
     ):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(text)
+    config = (folder / "run" / "config.json").read_text()
+    (folder / "bare").mkdir()
+    (folder / "bare" / "config.json").write_text(config)
+    shutil.copytree(run, folder / "edited")
+    edited = config.replace('"variant": "ttame"', '"variant": "no_skip"')
+    (folder / "edited" / "config.json").write_text(edited)
     return folder
 
 
@@ -54,88 +65,237 @@ def contents(folder: Path) -> dict[str, bytes]:
 EXPLAIN = "explain {}/image.png --run {}/run --output {}/out"
 EVALUATE = "evaluate --run {}/run --output {}/out.json"
 COMPARE = "compare --run {}/run --output {}/out"
-TRAIN = "train --backbone vit --weights None --dataset folder:{} --output {}/new"
+TRAIN = "train --backbone vit --weights None --dataset folder:{}/pictures --output {}/new"
+FIND = "lr-find --backbone vit --weights None --dataset folder:{}/pictures --output {}/new"
 SIZES = " ".join(f"{name} {value}" for name, value in TINY.items())
+SMALL = TRAIN + f" --backbone-config {SIZES}"
+CONVERT = "convert backbone vit --weights {}/"
 
 
 @pytest.mark.parametrize(
-    ("command", "message"),
+    ("command", "status", "message"),
     [
-        ("explain --run {}/run --output {}/out", "no image given"),
-        ("explain {}/none.png --run {}/run --output {}/out", "none.png"),
-        ("explain {}/text.png --run {}/run --output {}/out", "cannot decode"),
-        ("explain {}/cut.png --run {}/run --output {}/out", "cannot decode"),
-        ("explain {}/float.tif --run {}/run --output {}/out", "convert it to 8 or 16 bits"),
-        ("explain {}/image.png --run {} --output {}/out", "is not a run"),
-        ("explain {}/image.png --run {}/cut --output {}/out", "cut/config.json is damaged"),
-        ("explain {}/image.png --run {}/list --output {}/out", "list/config.json is damaged"),
-        ("explain {}/image.png --run {}/unknown --output {}/out", "colour"),
-        ("explain {}/image.png --run {}/lacking --output {}/out", "backbone"),
-        ("explain {}/image.png --run {}/wrong --output {}/out", "wrong/config.json is damaged"),
-        ("explain {}/image.png {}/text.png --run {}/run --output {}/out", "cannot decode"),
-        ("explain {}/image.png --run {}/run --output {}/text.png", "text.png is a file"),
-        ("explain {}/image.png --run {}/run --output {}/text.png/out", "text.png is a file"),
-        ("evaluate --run {}/run --output {}/run", "run is a folder: --output must be a file"),
-        ("evaluate --run {}/run --output {}/text.png/a.json", "text.png is a file"),
-        ("compare --run {}/run --output {}/text.png", "text.png is a file"),
-        ("train --backbone vit --dataset folder:{} --output {}/text.png", "text.png is a file"),
-        ("demo --output {}/text.png", "text.png is a file"),
-        ("curves --output {}/out", "no figures given"),
-        ("curves {}/none.json --output {}/out", "none.json"),
-        ("curves {}/text.png --output {}/out", "text.png is not a file of figures"),
-        ("curves {}/cut/config.json --output {}/out", "config.json is not a file of figures"),
-        ("curves {}/list/config.json --output {}/out", "config.json has no ROAD figures"),
-        ("curves {}/unknown/config.json --output {}/out", "config.json has no ROAD figures"),
-        (EXPLAIN + " --classes 5", "classes must lie in 0 to 4"),
-        (EXPLAIN + " --classes 99999999999999999999", "there is no class 99999999999999999999"),
-        (EXPLAIN + " --classes zebra", "classes 'zebra'"),
-        (EXPLAIN + " --classes top0", "classes 'top0'"),
-        (EXPLAIN + " --method lime", "unknown method 'lime'"),
-        (EXPLAIN + " --weights {}/none.safetensors", "none.safetensors"),
-        (EVALUATE + " --measures", "no metric given: --measures takes ad, ic"),
-        (EVALUATE + " --measures ad,roc", "roc"),
-        (EVALUATE + " --limit 0", "--limit must be at least 1, not 0"),
-        (EVALUATE + " --batch-size 0", "--batch-size must be at least 1, not 0"),
-        (EVALUATE + " --batch-size 9", "--batch-size 9 does not divide over 8 devices"),
-        (EVALUATE + " --seed 1180591620717411303424", "--seed must be at least 0"),
-        (EVALUATE + " --seed -1", "--seed must be at least 0"),
-        (EVALUATE + " --dataset folder:{}/none", "no folder"),
-        (EVALUATE + " --dataset digits --data-dir {}/none", "none of prepared data sets"),
-        (EVALUATE + " --split nope", "nope"),
-        (EVALUATE + " --method lime", "unknown method 'lime'"),
-        (COMPARE + " --methods gradcam,lime", "unknown method lime"),
-        (COMPARE + " --limits nope 3", "--limits has unknown method nope"),
-        (COMPARE + " --method-config surprise.x 1", "--method-config has unknown method surprise"),
-        (COMPARE + " --measures", "no metric given"),
-        (TRAIN + " --epochs 0", "epochs must be at least 1"),
-        (TRAIN + " --batch-size 12", "does not divide over 8 devices"),
-        (TRAIN + " --learning-rate nan", "learning_rate must be positive, not nan"),
-        (TRAIN + " --learning-rate -1", "learning_rate must be positive"),
-        (TRAIN + " --seed 1180591620717411303424", "seed must be at least 0"),
-        (TRAIN + " --data-dir {}/none", "none of prepared data sets"),
-        (TRAIN + f" --backbone-config {SIZES} num_classes 0", "num_classes must be a positive"),
-        (TRAIN + f" --backbone-config {SIZES} num_classes -3", "num_classes must be a positive"),
-        (TRAIN + f" --backbone-config {SIZES} image_size 0", "image_size must be a positive"),
-        (TRAIN + f" --backbone-config {SIZES} image_size -8", "image_size must be a positive"),
-        (TRAIN + f" --backbone-config {SIZES} colour 3", "vit has no option colour"),
-        ("train --backbone __init__ --output {}/new", "unknown backbone '__init__'"),
-        ("train --backbone vgg99 --output {}/new", "unknown backbone 'vgg99'"),
+        # Images
+        ("explain --run {}/run --output {}/out", 2, "no image given"),
+        ("explain {}/none.png --run {}/run --output {}/out", 1, "none.png"),
+        ("explain {}/run --run {}/run --output {}/out", 1, "run: [Errno 21] Is a directory"),
+        ("explain {}/text.png --run {}/run --output {}/out", 1, "text.png: cannot identify"),
+        ("explain {}/cut.png --run {}/run --output {}/out", 1, "cannot decode"),
+        ("explain {}/float.tif --run {}/run --output {}/out", 1, "convert it to 8 or 16 bits"),
+        ("explain {}/image.png {}/text.png --run {}/run --output {}/out", 1, "cannot decode"),
+        (EXPLAIN + " --max-pixels 100", 1, "36 x 40 pixels, more than 100: reduce it, or raise"),
+        # Runs
+        ("explain {}/image.png --run {} --output {}/out", 1, "is not a run"),
+        ("explain {}/image.png --run {}/nowhere --output {}/out", 1, "nowhere is not a run"),
+        ("explain {}/image.png --run {}/bare --output {}/out", 1, "bare has no checkpoint yet"),
+        ("explain {}/image.png --run {}/cut --output {}/out", 1, "cut/config.json is damaged"),
+        ("explain {}/image.png --run {}/array --output {}/out", 1, "array/config.json is damaged"),
+        ("explain {}/image.png --run {}/unknown --output {}/out", 1, "colour"),
+        ("explain {}/image.png --run {}/lacking --output {}/out", 1, "backbone"),
+        ("explain {}/image.png --run {}/wrong --output {}/out", 1, "wrong/config.json is damaged"),
+        ("explain {}/image.png --run {}/edited --output {}/out", 1, "has variant no_skip, but"),
+        ("evaluate --run {}/edited --output {}/out.json", 1, "restore the file"),
+        ("evaluate --run {}/bare --output {}/out.json", 1, "bare has no checkpoint yet"),
+        ("evaluate --run {}/nowhere --output {}/out.json", 1, "nowhere is not a run"),
+        ("compare --run {}/nowhere --output {}/out", 1, "nowhere is not a run"),
+        ("compare --run {}/run {}/cut --output {}/out", 1, "cut/config.json is damaged"),
+        ("compare --output {}/out --run", 2, "no run given"),
+        ("convert to-torch {}/nowhere --output {}/out", 1, "nowhere is not a run"),
+        ("convert to-torch {}/bare --output {}/out", 1, "bare has no checkpoint yet"),
+        ("convert to-torch {}/run --output {}/empty", 2, "empty exists already"),
+        ("convert verify {}/nowhere", 1, "there is no run"),
+        # Outputs
+        ("explain {}/image.png --run {}/run --output {}/text.png", 1, "text.png is a file"),
+        ("explain {}/image.png --run {}/run --output {}/text.png/out", 1, "text.png is a file"),
+        ("evaluate --run {}/run --output {}/run", 1, "run is a folder: --output must be a file"),
+        ("evaluate --run {}/run --output {}/text.png/a.json", 1, "text.png is a file"),
+        ("compare --run {}/run --output {}/text.png", 1, "text.png is a file"),
+        ("train --backbone vit --dataset folder:{} --output {}/text.png", 1, "text.png is a file"),
+        ("demo --output {}/text.png", 1, "text.png is a file"),
+        ("curves {}/text.json --output {}/text.png", 1, "text.png is a file"),
+        ("convert backbone vit --output {}/run", 1, "run is a folder"),
+        # Figures
+        ("curves --output {}/out", 2, "no figures given"),
+        ("curves {}/none.json --output {}/out", 1, "none.json"),
+        ("curves {}/text.json --output {}/out", 1, "text.json is not a file of figures"),
+        ("curves {}/cut/config.json --output {}/out", 1, "config.json is not a file of figures"),
+        ("curves {}/array/config.json --output {}/out", 1, "config.json is not a file of figures"),
+        ("curves {}/unknown/config.json --output {}/out", 2, "config.json has no ROAD figures"),
+        # Classes and methods
+        (EXPLAIN + " --classes 5", 2, "classes must lie in 0 to 4"),
+        (EXPLAIN + " --classes 99999999999999999999", 2, "no class 99999999999999999999"),
+        (EXPLAIN + " --classes zebra", 2, "classes 'zebra'"),
+        (EXPLAIN + " --classes top0", 2, "classes 'top0'"),
+        (EXPLAIN + " --classes top6", 2, "classes 'top6'"),
+        (EXPLAIN + " --classes 1,,2", 2, "classes '1,,2'"),
+        (EXPLAIN + " --classes -1", 2, "classes '-1'"),
+        (EXPLAIN + " --method lime", 2, "unknown method 'lime'"),
+        (EXPLAIN + " --method lcam", 2, "train one with --variant lcam"),
+        (EVALUATE + " --method lime", 2, "unknown method 'lime'"),
+        (EVALUATE + " --method rise --method-config masks many", 2, "masks of rise cannot be"),
+        (EVALUATE + " --method rise --method-config masks 0", 2, "rise needs 1 mask or more"),
+        (EVALUATE + " --method rise --method-config recipe own", 2, "recipes of rise are"),
+        (EVALUATE + " --method gradcam --method-config layer 3", 2, "layer of gradcam cannot be 3"),
+        (EVALUATE + " --method gradcam --method-config layer no", 2, "vit has no layer 'no'"),
+        (EVALUATE + " --method iia --method-config steps 0", 2, "iia integrates over 1 step"),
+        (EVALUATE + " --method iia --method-config steps 2.5", 2, "steps of iia cannot be"),
+        (
+            EVALUATE + " --method gradcam --method-config colour 3",
+            2,
+            "gradcam has no option colour",
+        ),
+        (EVALUATE + " --method-config colour 3", 2, "ttame has no options"),
+        (COMPARE + " --methods gradcam,lime", 2, "unknown method lime"),
+        (COMPARE + " --methods", 2, "no method given"),
+        (COMPARE + " --limits nope 3", 2, "--limits has unknown method nope"),
+        (COMPARE + " --limits rise 0", 2, "--limits must be at least 1, not 0"),
+        (
+            COMPARE + " --method-config surprise.x 1",
+            2,
+            "--method-config has unknown method surprise",
+        ),
+        (COMPARE + " --measures", 2, "no metric given"),
+        (COMPARE + " --pictures -1", 2, "--pictures must be at least 0, not -1"),
+        # Metrics and images of an evaluation
+        (EVALUATE + " --measures", 2, "no metric given: --measures takes ad, ic"),
+        (EVALUATE + " --measures ad,roc", 2, "unknown metric 'roc'"),
+        (EVALUATE + " --measures pointing", 2, "has no boxes: remove the metric 'pointing'"),
+        (EVALUATE + " --limit 0", 2, "--limit must be at least 1, not 0"),
+        (EVALUATE + " --limit -5", 2, "--limit must be at least 1, not -5"),
+        (EVALUATE + " --batch-size 0", 2, "--batch-size must be at least 1, not 0"),
+        (EVALUATE + " --batch-size 9", 2, "--batch-size 9 does not divide over 8 devices"),
+        (EVALUATE + " --max-pixels 0", 2, "--max-pixels must be at least 1, not 0"),
+        (
+            EVALUATE + " --max-pixels 9",
+            1,
+            "20 of 20 images of",
+        ),
+        (EVALUATE + " --seed 1180591620717411303424", 2, "--seed must be at least 0"),
+        (EVALUATE + " --seed -1", 2, "--seed must be at least 0"),
+        (EVALUATE + " --dataset folder:{}/none", 1, "no folder"),
+        (EVALUATE + " --dataset folder:{}/empty", 2, "no images in"),
+        (EVALUATE + " --dataset nonsense", 2, "unknown data set"),
+        (EVALUATE + " --dataset cifar10:9.9.9", 2, "unknown data set 'cifar10:9.9.9'"),
+        (EVALUATE + " --dataset gs://bucket", 2, "unknown data set"),
+        (EVALUATE + " --dataset cifar10 --data-dir {}/empty", 1, "run: ttame prepare cifar10"),
+        (EVALUATE + " --dataset digits --data-dir {}/none", 1, "none of prepared data sets"),
+        (EVALUATE + " --split nope", 2, "nope"),
+        (EVALUATE + " --split validation[:0]", 2, "'validation[:0]' of folder:"),
+        (EVALUATE + " --split validation[5", 2, "'validation[5' is not a split"),
+        (EVALUATE + " --split validation[a:b]", 2, "is not a split: write train, train[:10%]"),
+        (EVALUATE + " --list {}/none.txt", 1, "none.txt"),
+        (EVALUATE + " --list {}/list.txt", 2, "no image of"),
+        (EVALUATE + " --list {}/binary.txt", 2, "binary.txt is not a list of images"),
+        # Weights
+        (EXPLAIN + " --weights {}/none.safetensors", 1, "none.safetensors"),
+        (EXPLAIN + " --weights {}/text.png", 2, "text.png is not a weights file"),
+        (EXPLAIN + " --weights {}/text.safetensors", 1, "text.safetensors is not a safetensors"),
+        (EXPLAIN + " --weights {}/text.pth", 1, "text.pth is not a plain checkpoint"),
+        (CONVERT + "text.pth --output {}/w.safetensors", 1, "text.pth is not a plain checkpoint"),
+        (CONVERT + "text.ckpt --output {}/w.safetensors", 1, "text.ckpt is not a plain checkpoint"),
+        (CONVERT + "none.pth --output {}/w.safetensors", 1, "no weights file"),
+        ("convert backbone vgg99 --output {}/w.safetensors", 2, "unknown backbone 'vgg99'"),
+        ("convert backbone vit --weights timm --output {}/w", 2, "timm has no weights for vit"),
+        ("convert from-reference {}/text.ckpt --output {}/out", 1, "text.ckpt is not a plain"),
+        ("convert from-reference {}/none.ckpt --output {}/out", 1, "no checkpoint"),
+        ("convert from-reference {}/text.safetensors --output {}/out", 1, "not a safetensors file"),
+        ("convert verify vgg99", 2, "unknown backbone 'vgg99'"),
+        ("convert verify vit --images 0", 2, "--images must be at least 1, not 0"),
+        ("convert verify vit --tolerance nan", 2, "--tolerance must be positive, not nan"),
+        # Training
+        (TRAIN + " --epochs 0", 2, "epochs must be at least 1"),
+        (TRAIN + " --batch-size 12", 2, "does not divide over 8 devices"),
+        (SMALL + " --batch-size 128", 2, "64 images, less than one batch"),
+        (TRAIN + " --log-every 0", 2, "log_every must be at least 1"),
+        (TRAIN + " --checkpoint-every 0", 2, "checkpoint_every must be at least 1"),
+        (TRAIN + " --max-pixels 0", 2, "max_pixels must be at least 1"),
+        (TRAIN + " --workers -1", 2, "workers must be at least 0, not -1"),
+        (TRAIN + " --validation-images -1", 2, "validation_images must be at least 0, not -1"),
+        (TRAIN + " --learning-rate nan", 2, "learning_rate must be positive, not nan"),
+        (TRAIN + " --learning-rate inf", 2, "learning_rate must be positive, not inf"),
+        (TRAIN + " --learning-rate -1", 2, "learning_rate must be positive"),
+        (TRAIN + " --seed 1180591620717411303424", 2, "seed must be at least 0"),
+        (TRAIN + " --data-dir {}/none", 1, "none of prepared data sets"),
+        (TRAIN + " --start head", 2, "use --start random"),
+        (TRAIN + f" --backbone-config {SIZES} num_classes 0", 2, "num_classes must be a positive"),
+        (TRAIN + f" --backbone-config {SIZES} num_classes -3", 2, "num_classes must be a positive"),
+        (TRAIN + f" --backbone-config {SIZES} num_classes x", 2, "num_classes must be a positive"),
+        (TRAIN + f" --backbone-config {SIZES} image_size 0", 2, "image_size must be a positive"),
+        (TRAIN + f" --backbone-config {SIZES} image_size -8", 2, "image_size must be a positive"),
+        (TRAIN + f" --backbone-config {SIZES} image_size 30", 2, "that patch_size divides"),
+        (TRAIN + f" --backbone-config {SIZES} num_heads 3", 2, "that num_heads divides"),
+        (TRAIN + f" --backbone-config {SIZES} num_heads 0", 2, "num_heads"),
+        (TRAIN + f" --backbone-config {SIZES} patch_size 0", 2, "patch_size"),
+        (TRAIN + f" --backbone-config {SIZES} depth 0", 2, "depth"),
+        (TRAIN + f" --backbone-config {SIZES} depth two", 2, "depth"),
+        (TRAIN + f" --backbone-config {SIZES} features pool", 2, "features of vit are"),
+        (TRAIN + f" --backbone-config {SIZES} colour 3", 2, "vit has no option colour"),
+        (SMALL + " --train-split nope", 2, "has no split 'nope'"),
+        (SMALL + " --validation-split nope", 2, "has no split 'nope'"),
+        (SMALL + " --validation-list {}/none.txt", 1, "none.txt"),
+        (SMALL + " --validation-list {}/list.txt", 2, "no image of"),
+        (SMALL + " --coordinator-address nonsense", 2, "must be HOST:PORT, not 'nonsense'"),
+        (SMALL + " --coordinator-address host:99999", 2, "must be HOST:PORT"),
+        (SMALL + " --num-processes 2", 2, "several processes need --coordinator-address"),
+        ("train --backbone vit --output {}/new", 2, "torchvision has no weights for vit"),
+        ("train --backbone __init__ --output {}/new", 2, "unknown backbone '__init__'"),
+        ("train --backbone ../vit --output {}/new", 2, "unknown backbone '../vit'"),
+        ("train --backbone vgg99 --output {}/new", 2, "unknown backbone 'vgg99'"),
+        (
+            "train --backbone timm:nonsense --output {}/new",
+            2,
+            "timm has no pretrained model 'nonsense'",
+        ),
+        (FIND + " --rates", 2, "no rate given"),
+        (FIND + " --rates 1e-3,0", 2, "learning_rate must be positive, not 0.0"),
+        (FIND + " --epochs-grid 4 0", 2, "epochs must be at least 1, not 0"),
+        (FIND + " --validation-images 0", 2, "--validation-images must be at least 1"),
+        ("prepare nonsense --data-dir {}/data", 2, "unknown data set"),
     ],
 )
-def test_a_command_refuses_it(command, message, place):
+def test_a_command_refuses_it(command, status, message, place, capsys):
     before = contents(place)
     with pytest.raises(SystemExit) as stop:
-        main([word.format(place) for word in command.split()])
-    text = str(stop.value.code)
-    assert text.startswith("ttame: ") and message in text and "\n" not in text
+        main([word.replace("{}", str(place)) for word in command.split()])
+    said = capsys.readouterr().err.splitlines()
+    assert stop.value.code == status
+    assert said[-1].startswith("ttame: ") and message.replace("{}", str(place)) in said[-1]
+    assert [line for line in said if "Traceback" in line] == []
     assert contents(place) == before
 
 
-def test_an_empty_data_set_name_is_refused():
-    with pytest.raises(SystemExit, match="--dataset is empty"):
-        main(["evaluate", "--run", "r", "--output", "o", "--dataset", ""])
-    with pytest.raises(SystemExit, match="dataset is empty"):
-        main(["train", "--backbone", "vit", "--output", "o", "--dataset", ""])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "nonsense",
+        "explain",
+        "explain a.png --run r --output o --colour red",
+        "train --backbone vit --output o --epochs many",
+        "train --backbone vit --output o --variant nonsense",
+        "train --backbone vit --output o --loss.area-exponent nan",
+        "train --backbone vit --output o --loss.cross-entropy-weight -1",
+        "train --backbone vit --output o --precision float8",
+        "train --backbone vit --output o --backbone-config num_classes",
+        "evaluate --run r --output o --limit many",
+        "evaluate --run r --output o --masking nonsense",
+        "compare --run r --output o --limits rise",
+        "lr-find --backbone vit --output o --rates 1e-3,fast",
+        "convert verify vit --tolerance small",
+    ],
+)
+def test_arguments_of_another_type_are_refused(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(command.split())
+    assert stop.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["evaluate --run r", "train --backbone vit"])
+def test_an_empty_data_set_name_is_refused(command, refusal):
+    status, said = refusal([*command.split(), "--output", "o", "--dataset", ""])
+    assert status == 2 and "dataset is empty" in said
 
 
 IMAGES = np.full((2, 32, 32, 3), 0.5, np.float32)

@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from ttame_jax.cli import main
+from ttame_jax.errors import one_line_errors
 from ttame_jax.experiments.resumable import _column
+from ttame_jax.files import locked
 
 
 def test_help_names_every_command():
@@ -89,7 +91,7 @@ def test_explain_writes_over_no_image_and_no_other_result(run, pictures, tmp_pat
     assert f"writing {tmp_path}/dog_2.png" in said  # where names differ in case only, too
 
 
-def test_explain_takes_another_method(run, pictures, tmp_path):
+def test_explain_takes_another_method(run, pictures, tmp_path, refusal):
     image = next((pictures / "validation").iterdir())
     words = ["explain", str(image), "--run", str(run), "--classes", "top2", "--output"]
     main([*words, str(tmp_path / "own")])
@@ -98,8 +100,8 @@ def test_explain_takes_another_method(run, pictures, tmp_path):
     np.testing.assert_array_equal(own["classes"], gradcam["classes"])
     assert gradcam["maps"].shape == (2, 4, 4)
     assert not np.allclose(own["maps"], gradcam["maps"])
-    with pytest.raises(SystemExit, match="unknown method 'lime'"):
-        main([*words, str(tmp_path / "lime"), "--method", "lime"])
+    status, said = refusal([*words, tmp_path / "lime", "--method", "lime"])
+    assert status == 2 and "unknown method 'lime'" in said
 
 
 def test_images_of_the_same_name_do_not_overwrite_each_other(run, pictures, tmp_path):
@@ -180,8 +182,13 @@ def test_an_interrupted_evaluation_resumes(run, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         main([*words, str(output)])
     assert stop.value.code == 130
-    with output.with_name("figures.json.partial").open("a") as file:
+    partial = output.with_name("figures.json.partial")
+    _, *rows = partial.read_text().splitlines(keepends=True)
+    damaged = rows[3].replace('"confidence"', '"confidance"')
+    with partial.open("a") as file:
+        file.write(rows[0])  # as a second process would have left it
         file.write('{"index": 1')  # as a kill in the middle of a line leaves it
+    partial.write_text(partial.read_text().replace(rows[3], damaged))
     calls = []
     monkeypatch.setattr(
         Evaluator,
@@ -191,7 +198,7 @@ def test_an_interrupted_evaluation_resumes(run, tmp_path, monkeypatch):
         ),
     )
     main([*words, str(output)])
-    assert calls == [[16, 17, 18, 19]]
+    assert calls == [[3, 16, 17, 18, 19]]
     figures, whole = (
         json.loads((tmp_path / name).read_text()) for name in ("figures.json", "whole.json")
     )
@@ -201,7 +208,7 @@ def test_an_interrupted_evaluation_resumes(run, tmp_path, monkeypatch):
     assert figures["settings"]["inputs"] == whole["settings"]["inputs"]
 
 
-def test_a_list_chooses_images_by_name(run, tmp_path, capsys):
+def test_a_list_chooses_images_by_name(run, tmp_path, capsys, refusal):
     names = tmp_path / "list.txt"
     names.write_text("003.png 7\n011.png 1\nabsent.png 0\n")
     output = tmp_path / "figures.json"
@@ -210,35 +217,30 @@ def test_a_list_chooses_images_by_name(run, tmp_path, capsys):
     assert "2 of the 3 images" in capsys.readouterr().out
     assert json.loads(output.read_text())["images"] == 2
     names.write_text("absent.png 0\n")
-    with pytest.raises(SystemExit, match="no image of .* choose another split"):
-        main([*words, "--output", str(output)])
+    status, said = refusal([*words, "--output", output])
+    assert status == 2 and "no image of" in said and "choose another split" in said
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["explain", "cat.jpg", "--run", "nowhere", "--output", "out"], "nowhere is not a run"),
-        (["explain", "--run", "nowhere", "--output", "out"], "no image given"),
-        (["train", "--backbone", "vgg99", "--output", "out"], "vgg99"),
-        (["train", "--backbone", "vit", "--output", "out", "--epochs", "0"], "epochs"),
-        (["evaluate", "--run", "nowhere", "--output", "out.json"], "nowhere is not a run"),
-        (["evaluate", "--run", "r", "--output", "o", "--limit", "0"], "--limit must be at least 1"),
-        (
-            ["evaluate", "--run", "r", "--output", "o", "--measures", "ad,roc"],
-            "unknown metric 'roc'; available",
-        ),
-        (["compare", "--run", "nowhere", "--output", "out"], "nowhere is not a run"),
-        (["compare", "--output", "out", "--run"], "no run given"),
-    ],
-)
-def test_mistakes_end_with_one_line(words, message):
-    with pytest.raises(SystemExit) as stop:
-        main(words)
-    text = str(stop.value.code)
-    assert text.startswith("ttame: ") and message in text and "\n" not in text
+def test_two_evaluations_do_not_share_an_output(run, tmp_path, refusal):
+    output = tmp_path / "figures.json"
+    with locked(output, folder=False):
+        status, said = refusal(["evaluate", "--run", run, "--output", output])
+    assert status == 1 and f"another process is writing to {output}: wait" in said
 
 
-def test_a_batch_that_does_not_divide_over_the_devices_is_refused(run, tmp_path):
-    words = ["evaluate", "--run", str(run), "--batch-size", "9", "--output"]
-    with pytest.raises(SystemExit, match="--batch-size 9 does not divide over 8 devices"):
-        main([*words, str(tmp_path / "figures.json")])
+def test_a_platform_without_devices_is_named(monkeypatch, capsys):
+    def missing():
+        raise RuntimeError("Unable to initialize backend 'tpu'")
+
+    monkeypatch.setattr("jax.devices", missing)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    with pytest.raises(SystemExit) as stop, one_line_errors("ttame"):
+        raise AssertionError  # which is all that JAX says
+    assert stop.value.code == 1
+    assert "JAX finds no device of JAX_PLATFORMS=tpu" in capsys.readouterr().err
+
+
+def test_messages_of_many_lines_become_one(capsys):
+    with pytest.raises(SystemExit), one_line_errors("ttame"):
+        raise ValueError("first\n  second\n\nthird")
+    assert capsys.readouterr().err.startswith("ttame: first second third (TTAME_TRACEBACK=1")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ttame_jax.plots import explanation_figure, heatmap, overlay, save_figure
+from ttame_jax.plots import explanation_figure, explanation_grid, heatmap, overlay, save_figure
 
 pytestmark = pytest.mark.quick
 
@@ -28,3 +28,18 @@ def test_figures_are_written_as_their_ending_says(tmp_path):
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.format == "PNG"
     assert "<svg" in (tmp_path / "a.svg").read_text()
+
+
+@pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
+def test_the_same_figure_gives_the_same_file(kind, tmp_path):
+    for name in ("a", "b"):
+        figure = explanation_figure(np.zeros((8, 8, 3), np.uint8), [np.eye(2)], ["class 3"])
+        save_figure(figure, tmp_path / f"{name}.{kind}")
+    assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+
+
+def test_titles_are_not_read_as_formulas(tmp_path):
+    images = np.zeros((1, 8, 8, 3), np.uint8)
+    title = r"$100 bill \frac{ $"
+    save_figure(explanation_figure(images[0], [np.eye(2)], [title]), tmp_path / "a.svg")
+    save_figure(explanation_grid(images, {title: np.ones((1, 2, 2))}, [title]), tmp_path / "b.png")

@@ -12,6 +12,7 @@ from etils import epath
 
 from ttame_jax.config import TrainConfig, preset
 from ttame_jax.convert.commands import convert
+from ttame_jax.data.transforms import MAX_PIXELS
 from ttame_jax.errors import one_line_errors
 from ttame_jax.experiments.compare import CompareConfig, compare
 from ttame_jax.experiments.evaluate import EvaluateConfig, evaluate
@@ -34,6 +35,7 @@ def explain(
         ),
     ] = None,
     weights: str | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> None:
     """Explain images with a trained run, or with another method on its backbone.
 
@@ -46,10 +48,11 @@ def explain(
       output: Folder for the results.
       classes: Classes to explain: predicted, top5 (or another number), or class ids as 3,17.
       weights: Weights of the backbone, if they are no longer where the run found them.
+      max_pixels: Images with more pixels are refused.
     """
     from ttame_jax.experiments.explain import explain_files
 
-    explain_files(images, run, output, classes, method, weights)
+    explain_files(images, run, output, classes, method, weights, max_pixels)
 
 
 def _evaluate(

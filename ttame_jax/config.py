@@ -12,6 +12,7 @@ from typing import Literal
 import tyro
 
 from ttame_jax.attention import VariantName
+from ttame_jax.data.transforms import MAX_PIXELS
 from ttame_jax.files import to_json, write_atomically
 from ttame_jax.losses import LossConfig
 from ttame_jax.preprocessing import Masking
@@ -83,16 +84,21 @@ class TrainConfig:
     """Whether to mirror half of the training images."""
     workers: int = 2
     """Worker processes that decode images for each training process; 0 uses threads instead."""
+    max_pixels: int = MAX_PIXELS
+    """Images with more pixels count as unreadable."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 500
     """Steps between checkpoints. Each epoch also ends with one."""
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "log_every", "checkpoint_every"):
+        for name in ("epochs", "batch_size", "log_every", "checkpoint_every", "max_pixels"):
             value = getattr(self, name)
             if value != "auto" and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        for name in ("workers", "validation_images"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"{name} must be at least 0, not {value}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be at least 0 and below 2**63, not {self.seed}")
         if not self.dataset:

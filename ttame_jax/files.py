@@ -1,5 +1,6 @@
 """Reads and writes files. They are written completely or not at all, on disks and in buckets."""
 
+import errno
 import functools
 import hashlib
 import io
@@ -7,17 +8,21 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import filelock
 import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy, and so with safetensors
 import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+
+from ttame_jax.errors import Damaged, Failure
 
 PathLike = str | os.PathLike
 
@@ -67,13 +72,37 @@ def _umask() -> int:
     return mask
 
 
-def check_output_folder(path: PathLike) -> None:
+def check_bucket(path: PathLike) -> None:
+    """Checks that the bucket of an address answers. Other paths are not checked.
+
+    Raises:
+      ConnectionError: it does not.
+    """
+    if not in_bucket(path):
+        return
+    try:
+        epath.Path(path).exists()
+    except Exception as error:  # each backend raises its own types
+        reason = " ".join(str(error).split())[:200]
+        raise ConnectionError(f"cannot reach {path}: {reason}") from error
+
+
+LEAST_SPACE = 2**24
+"""Free bytes that the results of any command need."""
+
+
+def check_output_folder(path: PathLike, space: int = LEAST_SPACE) -> None:
     """Checks, before any work, that files can be written into a folder, which may not exist yet.
+
+    Args:
+      path: the folder.
+      space: bytes that must be free.
 
     Raises:
       OSError: they cannot.
     """
     if in_bucket(path):
+        check_bucket(path)
         return
     existing = Path(path).absolute()
     while not existing.exists() and existing != existing.parent:
@@ -82,6 +111,23 @@ def check_output_folder(path: PathLike) -> None:
         raise NotADirectoryError(f"{existing} is a file: --output needs a folder there")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(f"{existing} is not writable: choose another --output")
+    if (free := shutil.disk_usage(existing).free) < space:
+        raise OSError(
+            f"{existing} has {free / 2**20:.0f} MiB left, {space / 2**20:.0f} MiB are needed: "
+            "make room, or choose another --output"
+        )
+
+
+def check_space(path: PathLike, space: int) -> None:
+    """Checks that a number of bytes is free where a file will be written.
+
+    Libraries that write in the background would fail there one after the other.
+
+    Raises:
+      OSError: ENOSPC, no space is left.
+    """
+    if not in_bucket(path) and shutil.disk_usage(Path(path).parent).free < space:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
 
 
 def check_output_file(path: PathLike) -> None:
@@ -93,6 +139,53 @@ def check_output_file(path: PathLike) -> None:
     if not in_bucket(path) and Path(path).is_dir():
         raise IsADirectoryError(f"{path} is a folder: --output must be a file")
     check_output_folder(epath.Path(path).parent)
+
+
+LOCK = ".lock"
+"""Name of a folder's lock file, and the ending of that of a file."""
+
+
+@contextmanager
+def locked(output: PathLike, folder: bool = True) -> Iterator[None]:
+    """Keeps other processes from writing to the same output while the body runs.
+
+    Objects in buckets have no locks. On a file system without locks, a message says so.
+
+    Args:
+      output: a folder or file; its folder is created.
+      folder: whether it is a folder.
+
+    Raises:
+      Failure: another process writes to it.
+    """
+    if in_bucket(output):
+        yield
+        return
+    output = Path(output)
+    path = output / LOCK if folder else output.with_name(f".{output.name}{LOCK}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path, blocking=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise Failure(
+            f"another process is writing to {output}: wait until it has ended, or choose another "
+            "--output"
+        ) from None
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        print(
+            f"{output} is on a file system without locks: let only one process write to it",
+            file=sys.stderr,
+        )
+        yield
+        return
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # before the release: whoever opened it tries again
+        lock.release()
 
 
 def digest(parts: Iterable[str | np.ndarray]) -> str:
@@ -110,6 +203,27 @@ def digest(parts: Iterable[str | np.ndarray]) -> str:
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON text in which paths are strings and numbers that are not finite are null."""
     return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
+SEAL = "digest"
+"""Key of a JSON object for the digest of its other fields."""
+
+
+def seal(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a JSON object, and a digest of them."""
+    return {**fields, SEAL: digest([to_json(fields)])}
+
+
+def check_seal(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields without their digest. Those of an earlier version, without a digest, are returned.
+
+    Raises:
+      Damaged: they are not those that `seal` was given.
+    """
+    rest = {key: value for key, value in fields.items() if key != SEAL}
+    if fields.get(SEAL) not in (None, digest([to_json(rest)])):
+        raise Damaged("its content is not what was written")
+    return rest
 
 
 def _plain(value: Any) -> Any:
@@ -134,7 +248,7 @@ def read_safetensors(path: PathLike) -> tuple[Tensors, dict[str, str]]:
     """Tensors and metadata of a safetensors file.
 
     Raises:
-      ValueError: the file is not a safetensors file, or its content is not what
+      Damaged: the file is not a safetensors file, or its content is not what
         `write_safetensors` wrote.
     """
     try:
@@ -142,9 +256,9 @@ def read_safetensors(path: PathLike) -> tuple[Tensors, dict[str, str]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+        raise Damaged(f"{path} is not a safetensors file: {error}") from None
     if metadata.pop(DIGEST, None) not in (None, _digest_of(tensors, metadata)):
-        raise ValueError(f"{path} is damaged: its content is not what was written")
+        raise Damaged(f"{path} is damaged: its content is not what was written")
     return tensors, metadata
 
 

@@ -5,6 +5,7 @@ Explanation maps are Psi ``[..., H, W]`` in [0, 1]. Every function returns a flo
 """
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Literal
 
 import jax
@@ -67,7 +68,11 @@ else:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Recipe and weights of the loss; the defaults are the paper's (section IV-C)."""
+    """Recipe and weights of the loss; the defaults are the paper's (section IV-C).
+
+    Raises:
+      ValueError: a weight is negative, the exponent is not positive, or one is not finite.
+    """
 
     recipe: RecipeName = "paper"
     """The paper's equations, or those of the authors' code."""
@@ -79,6 +84,13 @@ class LossConfig:
     """Lambda 3."""
     area_exponent: float = 0.3
     """Lambda 4."""
+
+    def __post_init__(self):
+        for name in ("cross_entropy_weight", "regulariser_weight", "variation_weight"):
+            if not 0 <= (weight := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, not {weight}")
+        if not 0 < self.area_exponent < math.inf:
+            raise ValueError(f"area_exponent must be positive and finite, not {self.area_exponent}")
 
 
 def total_loss(

@@ -54,7 +54,7 @@ def explanation_figure(
     figure = Figure(figsize=(2.6 * len(panels), 2.9), layout="constrained")
     for axes, (picture, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         axes.imshow(picture)
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title, fontsize=10, parse_math=False)
         axes.axis("off")
     return figure
 
@@ -74,16 +74,18 @@ def explanation_grid(
         for axes, picture in zip(axes_row, pictures):
             axes.imshow(picture)
             axes.set(xticks=[], yticks=[])
-        axes_row[0].set_ylabel(name, fontsize=9)
+        axes_row[0].set_ylabel(name, fontsize=9, parse_math=False)
     for axes, title in zip(grid[0], titles):
-        axes.set_title(title, fontsize=9)
+        axes.set_title(title, fontsize=9, parse_math=False)
     return figure
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Writes a figure in the format of the file's extension."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=Path(path).suffix.lstrip("."), dpi=120)
+    """Writes a figure in the format of the file's extension. The same figure gives the same file."""
+    buffer, kind = io.BytesIO(), Path(path).suffix.lstrip(".")
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+    with matplotlib.rc_context({"svg.hashsalt": "ttame"}):
+        figure.savefig(buffer, format=kind, dpi=120, metadata=undated)
     write_atomically(path, buffer.getvalue())
 
 

@@ -1,11 +1,10 @@
 """A run on disk: its configuration, backbone, attention mechanism and best checkpoint."""
 
-import contextlib
 import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from flax import nnx
 from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import Backbone
 from ttame_jax.config import CONFIG_FILE, INPUTS, TrainConfig
+from ttame_jax.errors import Damaged, Failure, no_word_of_closed_loops
 from ttame_jax.explainer import Explainer
-from ttame_jax.files import absolute, digest
+from ttame_jax.files import absolute, check_bucket, digest
 from ttame_jax.losses import LossConfig
 from ttame_jax.methods import load_method
 from ttame_jax.weights import load_backbone
@@ -87,9 +87,10 @@ def load_config(run_dir: str | Path) -> TrainConfig:
 
     Raises:
       FileNotFoundError: the folder has no ``config.json``.
-      ValueError: the file is damaged, or has other fields than this version writes.
+      Damaged: the file is damaged, or has other fields than this version writes.
     """
     path = epath.Path(run_dir) / CONFIG_FILE
+    check_bucket(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"{run_dir} is not a run: {CONFIG_FILE} is missing; create one with ttame train"
@@ -103,7 +104,7 @@ def load_config(run_dir: str | Path) -> TrainConfig:
             fields["validation_list"] = epath.Path(fields["validation_list"])
         return TrainConfig(**fields)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
+        raise Damaged(
             f"{path} is damaged, or was written by another version: "
             f"{type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
@@ -172,18 +173,55 @@ def check_digest(folder: epath.Path, name: str, item: Any) -> None:
     """Compares an item with the digest that was saved with it. Older checkpoints have none.
 
     Raises:
-      ValueError: the item is not what was saved.
+      Damaged: the item is not what was saved.
     """
     path = folder / DIGESTS / "metadata"
     if path.exists() and json.loads(path.read_text()).get(name) != item_digest(item):
-        raise ValueError(f"its {name} is not what was saved")
+        raise Damaged(f"its {name} is not what was saved")
+
+
+ARCHITECTURE = ("backbone", "backbone_config", "variant")
+"""The settings of a run that must not change once it has a checkpoint."""
+
+
+def digests_of(items: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """The item `DIGESTS`: a digest of each other item, and the settings that define the model."""
+    digests: dict[str, Any] = {name: item_digest(item) for name, item in items.items()}
+    return digests | {"architecture": {name: getattr(config, name) for name in ARCHITECTURE}}
+
+
+def check_architecture(folder: epath.Path, steps: Iterable[int], config: TrainConfig) -> None:
+    """Compares the settings that define the model with those that checkpoints were saved with.
+
+    Raises:
+      Failure: they differ, as after an edit of ``config.json``.
+    """
+    for step in steps:
+        for name, saved in _saved_digests(folder / str(step)).get("architecture", {}).items():
+            if name in ARCHITECTURE and saved != getattr(config, name):
+                raise Failure(
+                    f"{folder.parent / CONFIG_FILE} has {name} {getattr(config, name)}, but "
+                    f"checkpoint {step} was trained with {saved}: restore the file"
+                )
+
+
+def _saved_digests(checkpoint: epath.Path) -> dict[str, Any]:
+    """The item `DIGESTS` of a checkpoint; empty if an earlier version wrote it, or it is damaged."""
+    path = checkpoint / DIGESTS / "metadata"
+    try:
+        digests = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        return {}
+    return digests if isinstance(digests, dict) else {}
 
 
 DAMAGE = (ValueError, KeyError, FileNotFoundError)
 """What reading a damaged checkpoint raises."""
 
 
-def save_attention(run_dir: Path, attention: AttentionMechanism, step: int) -> None:
+def save_attention(
+    run_dir: Path, attention: AttentionMechanism, step: int, config: TrainConfig
+) -> None:
     """Saves a mechanism from another program as the only checkpoint of a run.
 
     The run can be explained with and evaluated, but not resumed.
@@ -192,12 +230,13 @@ def save_attention(run_dir: Path, attention: AttentionMechanism, step: int) -> N
       run_dir: the run's folder.
       attention: with its parameters and statistics.
       step: the number of training steps it has had.
+      config: of the run.
     """
     _, params, batch_stats = nnx.split(attention, nnx.Param, nnx.BatchStat)
     item = attention_item(params, batch_stats)
     items = ocp.args.Composite(
         attention=ocp.args.StandardSave(item),
-        digests=ocp.args.JsonSave({"attention": item_digest(item)}),
+        digests=ocp.args.JsonSave(digests_of({"attention": item}, config)),
     )
     with ocp.CheckpointManager(absolute(run_dir / CHECKPOINT_FOLDER)) as manager:
         manager.save(step, args=items)
@@ -213,7 +252,8 @@ def load_attention(run_dir: str | Path, attention: AttentionMechanism) -> int:
 
     Raises:
       FileNotFoundError: the run has no checkpoint yet.
-      ValueError: all checkpoints are damaged.
+      Damaged: all checkpoints are damaged.
+      Failure: see `check_architecture`.
     """
     folder = absolute(epath.Path(run_dir) / CHECKPOINT_FOLDER)
     missing = FileNotFoundError(f"{run_dir} has no checkpoint yet: train it with ttame train")
@@ -226,6 +266,7 @@ def load_attention(run_dir: str | Path, attention: AttentionMechanism) -> int:
         if not steps:
             raise missing
         best = manager.best_step()
+        check_architecture(folder, steps, load_config(run_dir))
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, attention_item(params, batch_stats))
         items = ocp.args.Composite(attention=ocp.args.StandardRestore(shapes))
 
@@ -240,24 +281,6 @@ def load_attention(run_dir: str | Path, attention: AttentionMechanism) -> int:
     return step
 
 
-@contextlib.contextmanager
-def _no_word_of_closed_loops() -> Iterator[None]:
-    """Suppresses messages of threads whose event loop has been closed.
-
-    When Orbax fails to read an array it closes its event loop. TensorStore's threads, which read
-    the others, then print a traceback each, some of them after the failure.
-    """
-    before = sys.unraisablehook
-
-    def hook(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    sys.unraisablehook = hook
-    yield  # after a failure the hook stays
-    sys.unraisablehook = before
-
-
 def first_intact(
     folder: epath.Path, steps: Sequence[int], restore: Callable[[int], Any]
 ) -> tuple[int, Any]:
@@ -266,13 +289,13 @@ def first_intact(
     Prints a message for each damaged one before it.
 
     Raises:
-      ValueError: all are damaged.
+      Damaged: all are damaged.
     """
     for step in steps:
         try:
-            with _no_word_of_closed_loops():
+            with no_word_of_closed_loops():
                 return step, restore(step)
         except DAMAGE as error:
             reason = str(error).splitlines()[0].partition(": Error opening")[0][:200]
             print(f"checkpoint {folder / str(step)} is damaged: {reason}", file=sys.stderr)
-    raise ValueError(f"all checkpoints in {folder} are damaged: see the lines above")
+    raise Damaged(f"all checkpoints in {folder} are damaged: see the lines above")

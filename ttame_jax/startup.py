@@ -6,21 +6,27 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 
+from ttame_jax.files import cache_dir
+
+CACHE_BYTES = 4 * 2**30
+"""Size of the cache of compiled programs, beyond which the least recently used are deleted."""
+
 
 def use_compilation_cache() -> None:
-    """Caches compiled programs in the user's cache folder.
+    """Caches compiled programs in the user's cache folder, up to `CACHE_BYTES`.
 
-    The folder is ``$XDG_CACHE_HOME/ttame_jax`` (``~/.cache/ttame_jax``). JAX's own environment
-    variables ``JAX_COMPILATION_CACHE_DIR`` and ``JAX_ENABLE_COMPILATION_CACHE`` take precedence.
+    The folder is ``programs`` in `ttame_jax.files.cache_dir()`. JAX's own environment variables
+    ``JAX_COMPILATION_CACHE_DIR``, ``JAX_COMPILATION_CACHE_MAX_SIZE`` and
+    ``JAX_ENABLE_COMPILATION_CACHE`` take precedence.
     """
     # pyrefly: ignore[missing-attribute]  # JAX's stubs do not list its options
     if jax.config.jax_compilation_cache_dir is None:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(root) / "ttame_jax"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "programs"))
+        if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
+            jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
         # JAX caches programs that take a second to compile. Many take a little less at startup.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
@@ -41,6 +47,13 @@ class Processes:
     heartbeat_timeout: int = 100
     """Seconds without a heartbeat from one process after which the others exit."""
 
+    def __post_init__(self):
+        host, _, port = (self.coordinator_address or "HOST:1").rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise ValueError(
+                f"--coordinator-address must be HOST:PORT, not {self.coordinator_address!r}"
+            )
+
 
 @contextlib.contextmanager
 def joined(processes: Processes) -> Iterator[None]:
@@ -59,9 +72,11 @@ def joined(processes: Processes) -> Iterator[None]:
 
 
 def _end(kind: type[BaseException] | None, error: BaseException | None, _) -> None:
+    if isinstance(error, SystemExit):
+        os._exit(int(error.code or 0))  # an orderly exit would wait for the others
     if error is not None:
         print(_last_words(error), file=sys.stderr, flush=True)
-        os._exit(1)  # an orderly exit would wait for the others
+        os._exit(1)
     jax.distributed.shutdown()
 
 
@@ -93,8 +108,6 @@ def _initialize(processes: Processes) -> bool:
 
 
 def _last_words(error: BaseException) -> str:
-    if isinstance(error, SystemExit):
-        return str(error.code)
     if not isinstance(error, jax.errors.JaxRuntimeError) or os.environ.get("TTAME_TRACEBACK"):
         return "".join(traceback.format_exception(error))
     return (

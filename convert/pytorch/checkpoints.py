@@ -1,6 +1,7 @@
 """PyTorch's checkpoint files, read without running code from them, and the cache of what was read."""
 
 import hashlib
+import os
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ttame_jax.errors import Damaged
 from ttame_jax.files import Tensors, cache_dir, write_safetensors
 
 from . import INSTALL
@@ -45,7 +47,7 @@ def read_torch(path: Path) -> Any:
     takes its place.
 
     Raises:
-      ValueError: the file is not PyTorch's, is damaged, or cannot be read in this way.
+      Damaged: the file is not PyTorch's, is damaged, or cannot be read in this way.
       ImportError: PyTorch is not installed.
     """
     try:
@@ -61,20 +63,27 @@ def read_torch(path: Path) -> Any:
         with torch.serialization.safe_globals([(_Nothing, name) for name in names]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001  torch raises many types
-        raise ValueError(f"{path} is not a plain checkpoint: {_reason(error)}") from None
+        raise Damaged(f"{path} is not a plain checkpoint: {_reason(error)}") from None
 
 
 def _check_zip(path: Path) -> None:
-    """Checks the checksums of a zip file, as `torch.save` writes it, which PyTorch does not do."""
+    """Checks sizes and checksums of a zip file, as `torch.save` writes it. PyTorch does not."""
     if not zipfile.is_zipfile(path):
         return  # an older format, or damaged: torch.load tells
     try:
         with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
+            declared = sum(entry.file_size for entry in file.infolist())
+            # `torch.save` does not compress, so compressed or overlapping data are not its own.
+            damaged = file.testzip() if declared <= os.path.getsize(path) else None
     except Exception as error:  # noqa: BLE001  zipfile and zlib raise many types
-        raise ValueError(f"{path} is not a plain checkpoint: {_reason(error)}") from None
+        raise Damaged(f"{path} is not a plain checkpoint: {_reason(error)}") from None
+    if declared > os.path.getsize(path):
+        raise Damaged(
+            f"{path} holds {os.path.getsize(path):,} bytes and declares {declared:,}: torch.save did "
+            "not write it"
+        )
     if damaged:
-        raise ValueError(f"{path} is damaged: {damaged} does not match its checksum")
+        raise Damaged(f"{path} is damaged: {damaged} does not match its checksum")
 
 
 class _Nothing:
@@ -92,22 +101,54 @@ def _reason(error: Exception) -> str:
 
 
 def checked_state(state: Any, path: Path) -> dict:
-    """Returns a state dict after checking that every value is a tensor.
+    """Returns a state dict after checking that every value is a tensor that NumPy can hold.
 
     Raises:
-      ValueError: it is not a state dict; the message names the first wrong entry.
+      Damaged: it is not such a state dict; the message names the first wrong entry.
     """
     import torch
 
     if not isinstance(state, dict) or not state:
-        raise ValueError(
+        raise Damaged(
             f"{path} is not a plain state dict of tensors, nor has it one under "
             "'state_dict' or 'model'"
         )
     for key, value in state.items():
+        if not isinstance(key, str):
+            raise Damaged(
+                f"{path} is not a plain state dict of tensors: its key {key!r} is no name"
+            )
         if not torch.is_tensor(value):
-            raise ValueError(f"{path} is not a plain state dict of tensors: {key} is none")
+            raise Damaged(f"{path} is not a plain state dict of tensors: {key} is none")
+        if fault := _fault(value):
+            raise Damaged(f"{path} cannot be read: {key} {fault}")
+    declared = sum(value.numel() * value.element_size() for value in state.values())
+    if declared > _MOST_SHARED * os.path.getsize(path):
+        raise Damaged(f"{path} cannot be read: its tensors share memory, {declared:,} bytes in all")
     return state
+
+
+_MOST_SHARED = 4
+"""Size of the tensors of a file relative to the file. Tied weights share memory, but not more."""
+
+
+def _fault(tensor) -> str | None:
+    """Why NumPy cannot hold a tensor."""
+    import torch
+
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return "is not a dense tensor: convert it with to_dense()"
+    if tensor.is_quantized:
+        return "is quantised: convert it with dequantize()"
+    if tensor.is_complex():
+        return "is complex"
+    if tensor.is_meta:
+        return "has no values (device 'meta')"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return (
+            f"repeats its values to a shape of {list(tensor.shape)}: convert it with contiguous()"
+        )
+    return None
 
 
 def numpy_state(state: dict) -> Tensors:

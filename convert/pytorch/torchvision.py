@@ -1,10 +1,12 @@
 """torchvision's published ImageNet weights."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from . import INSTALL
 from .checkpoints import cached, numpy_state
+from .downloads import download
 from .torch_import import import_torchvision
 
 
@@ -27,9 +29,17 @@ def _download(model: str) -> dict[str, Any]:
         ) from None
     weights = models.get_model_weights(model).IMAGENET1K_V1
     try:
-        return numpy_state(weights.get_state_dict(check_hash=True))
+        with contextlib.nullcontext() if _has(weights.url) else download(weights.url):
+            return numpy_state(weights.get_state_dict(check_hash=True))
     except OSError as error:
         raise FileNotFoundError(
             f"cannot download {weights.url} ({error}); download it on a machine with access and "
             "pass --weights FILE"
         ) from None
+
+
+def _has(url: str) -> bool:
+    """Whether torchvision has downloaded a file already."""
+    import torch
+
+    return (Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name).is_file()

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import common
 import explain
@@ -139,3 +142,22 @@ def test_flops_of_a_loop_count_at_every_turn():
         return jax.lax.map(lambda row: row @ jnp.ones((3, 4)), x)
 
     assert ours.layer_flops(products, jnp.ones((5, 2, 3))) == 5 * 2 * 2 * 3 * 4
+
+
+def test_killed_commands_end_with_the_same_files(tmp_path):
+    words = [sys.executable, "benchmarks/crash.py", "--kills", "3", "--commands"]
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    said = subprocess.run(
+        [*words, "train,evaluate,explain"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"XLA_FLAGS": flags},
+    )
+    result = json.loads(said.stdout)
+    assert result["different"] == 0, result
+    assert {name: found["kills"] for name, found in result["commands"].items()} == {
+        "train": 1,
+        "evaluate": 1,
+        "explain": 1,
+    }

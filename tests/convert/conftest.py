@@ -21,7 +21,7 @@ def make_run(random_backbone, tmp_path):
         model = random_backbone(backbone, **config.backbone_config)
         save_backbone(model, weights)
         attention = randomised(nnx.eval_shape(lambda: build_attention(config, model)), seed=1)
-        save_attention(folder, attention, step)
+        save_attention(folder, attention, step, config)
         config.save()
         return config
 

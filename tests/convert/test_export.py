@@ -20,6 +20,7 @@ from ttame_jax.convert.modules import libraries, module_config
 from ttame_jax.convert.pytorch import torch_import
 from ttame_jax.convert.pytorch.torch_import import import_torchvision
 from ttame_jax.convert.verify import differences, random_images, verify
+from ttame_jax.errors import Failure
 from ttame_jax.runs import load_run
 from ttame_jax.weights import abstract_backbone
 
@@ -157,9 +158,7 @@ def test_verify_measures_every_library_and_fails_above_the_tolerance(make_run, t
     assert all(
         word in line for line in lines for word in ("logits", "features 1", "features 3", "maps")
     )
-    with pytest.raises(
-        ValueError, match=r"run differs from torchvision: \w+.* by \d.*e-\d+, above"
-    ):
+    with pytest.raises(Failure, match=r"run differs from torchvision: \w+.* by \d.*e-\d+, above"):
         list(verify(str(tmp_path / "run"), tolerance=1e-12))
     with pytest.raises(FileNotFoundError, match="no run runs/nothing"):
         list(verify("runs/nothing"))

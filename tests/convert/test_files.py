@@ -1,14 +1,18 @@
 """Where weights come from: files, the cache, torchvision, timm's hub."""
 
+import contextlib
 import json
 import os
 import pickle
+import socket
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from ttame_jax.errors import Damaged
 from ttame_jax.preprocessing import Preprocessing
 from ttame_jax.weights import load_backbone, save_backbone
 from ttame_jax.weights.transfer import parameters, to_torch
@@ -205,6 +209,8 @@ def torchvision_download(monkeypatch):
             return result
 
         monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download)
+        reached = "ttame_jax.convert.pytorch.torchvision.download"
+        monkeypatch.setattr(reached, contextlib.nullcontext)
 
     from ttame_jax.convert.pytorch.torch_import import import_torchvision
 
@@ -299,6 +305,75 @@ def test_timms_weights_out_of_reach(hub):
         load_backbone("squeezenet1_0", "timm")
     with pytest.raises(ValueError, match="timm has no pretrained model 'resnet5'"):
         load_backbone("resnet50", "timm:resnet5")
+
+
+@pytest.fixture
+def silent_server():
+    """The address of a server that accepts connections and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_silent_server_is_given_up(silent_server, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    from ttame_jax.convert.pytorch import downloads
+
+    monkeypatch.setattr(downloads, "SECONDS", 0.2)
+    monkeypatch.setattr(constants, "ENDPOINT", silent_server)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(FileNotFoundError, match="cannot download .*timed out"):
+        load_backbone("resnet50", "timm:resnet50.a1_in1k")
+    with pytest.raises(TimeoutError), downloads.download(silent_server):
+        pytest.fail("it has answered")
+    assert socket.getdefaulttimeout() is None
+
+
+def odd_tensors():
+    whole = torch.ones(4, 3)
+    return {
+        "sparse": (whole.to_sparse(), "is not a dense tensor"),
+        "nested": (torch.nested.nested_tensor([whole[0], whole[:, 0]]), "is not a dense tensor"),
+        "quantised": (torch.quantize_per_tensor(whole, 0.1, 0, torch.qint8), "is quantised"),
+        "meta": (whole.to("meta"), "has no values"),
+        "complex": (whole.to(torch.complex64), "is complex"),
+        "repeated": (torch.ones(1).expand(4 * 10**10), "repeats its values"),
+    }
+
+
+@pytest.mark.parametrize("kind", odd_tensors())
+def test_tensors_that_numpy_cannot_hold_are_named(kind, tmp_path):
+    tensor, fault = odd_tensors()[kind]
+    torch.save({"a.weight": torch.ones(2), "b.weight": tensor}, tmp_path / "w.pth")
+    with pytest.raises(Damaged, match=f"w.pth cannot be read: b.weight {fault}"):
+        load_backbone("vit_ti16", tmp_path / "w.pth")
+
+
+def test_keys_that_are_no_names_are_refused(tmp_path):
+    torch.save({0: torch.ones(2)}, tmp_path / "w.pth")
+    with pytest.raises(Damaged, match="its key 0 is no name"):
+        load_backbone("vit_ti16", tmp_path / "w.pth")
+
+
+def test_tensors_that_share_memory_take_no_more_than_the_file(tmp_path):
+    one = torch.ones(1000)
+    torch.save({f"{i}.weight": one for i in range(1000)}, tmp_path / "w.pth")
+    with pytest.raises(Damaged, match="its tensors share memory, 4,000,000 bytes in all"):
+        load_backbone("vit_ti16", tmp_path / "w.pth")
+
+
+def test_a_compressed_file_is_refused_before_it_takes_memory(tmp_path):
+    torch.save({"a.weight": torch.zeros(10**6)}, tmp_path / "whole.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pth") as whole,
+        zipfile.ZipFile(tmp_path / "w.pth", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for entry in whole.infolist():
+            small.writestr(entry.filename, whole.read(entry))
+    with pytest.raises(Damaged, match=r"w.pth holds [\d,]+ bytes and declares 4,0\d\d,\d\d\d"):
+        load_backbone("vit_ti16", tmp_path / "w.pth")
 
 
 def test_saved_tensors_are_readable_by_their_path(tmp_path, backbone):

@@ -87,7 +87,7 @@ def test_a_data_set_that_is_not_prepared_names_the_command(tmp_path):
 
 
 def test_an_unknown_data_set_is_an_error_of_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"unknown data set 'nonsense'.*'digits'$"):
+    with pytest.raises(ValueError, match=r"^unknown data set 'nonsense'.*'digits'$"):
         load_source("nonsense", "train", tmp_path)
 
 

@@ -4,8 +4,10 @@ from data_helpers import encode, noise
 from PIL import Image
 
 from ttame_jax.convert.pytorch.torch_import import import_torchvision
+from ttame_jax.data import transforms as own_transforms
 from ttame_jax.data.transforms import (
     UnreadableImage,
+    centre_crop,
     decode,
     evaluation_image,
     inside_boxes,
@@ -134,6 +136,37 @@ def test_single_pictures_are_turned_upright_and_data_sets_are_not(tmp_path):
     with Image.open(path) as opened:
         np.testing.assert_array_equal(preprocess(opened, SMALL), expected)
     assert (evaluation_image(path.read_bytes(), SMALL) != expected).any()
+
+
+def test_pictures_with_too_many_pixels_are_not_decoded(tmp_path):
+    path = tmp_path / "large.png"
+    path.write_bytes(encode(Image.new("RGB", (400, 300))))
+    with pytest.raises(UnreadableImage, match="400 x 300 pixels, more than 100,000"):
+        preprocess(path, SMALL, max_pixels=100_000)
+    with pytest.raises(UnreadableImage, match="raise --max-pixels"):
+        decode(path.read_bytes(), shortest=8, max_pixels=100_000)
+    assert preprocess(path, SMALL, max_pixels=120_000).shape == (6, 6, 3)
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (3, 40_000)])
+def test_of_a_very_long_picture_only_the_crop_is_resized(size, monkeypatch):
+    resize, sizes = Image.Image.resize, []
+
+    def noted(image, size, *options):
+        sizes.append(size)
+        return resize(image, size, *options)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    crop = centre_crop(Image.new("RGB", size, (10, 20, 30)), Preprocessing(224, 256))
+    assert sizes == [(224, 224)] and (crop == (10, 20, 30)).all()
+
+
+@pytest.mark.parametrize("size", [(97, 33), (33, 97), (40, 40)])
+def test_resizing_only_the_crop_gives_the_same_picture(size, monkeypatch):
+    image = noise(*size)
+    whole = centre_crop(image, SMALL)
+    monkeypatch.setattr(own_transforms, "_LARGEST_RESIZED", 0)
+    assert np.abs(centre_crop(image, SMALL).astype(int) - whole).max() <= 1
 
 
 def test_a_missing_picture_is_named(tmp_path):

@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 
 from ttame_jax.cli import main
+from ttame_jax.files import locked
 from ttame_jax.metrics.evaluation import Evaluator
-from ttame_jax.runs import load_run, save_attention
+from ttame_jax.runs import load_config, load_run, save_attention
 
 METHODS = ["gradcam", "rise", "ttame"]
 
@@ -78,10 +79,10 @@ def test_figures_of_another_checkpoint_or_of_other_images_are_measured_again(
     for _ in range(2):
         compare(tmp_path / "run", tmp_path / "out", *words)
     assert measured == ["gradcam", "ttame"]
-    attention = load_run(run).attention
+    config, attention = load_config(run), load_run(run).attention
     attention.fusion.bias[...] += 1
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    save_attention(tmp_path / "run", attention, step=5)
+    save_attention(tmp_path / "run", attention, 5, config)
     compare(tmp_path / "run", tmp_path / "out", *words)
     assert measured[2:] == ["ttame"]
     first, *_ = sorted((tmp_path / "pictures" / "validation").iterdir())
@@ -95,7 +96,9 @@ def test_damaged_figures_are_measured_again(run, tmp_path):
     compare(run, tmp_path, *words)
     path = tmp_path / "gradcam.json"
     whole = json.loads(path.read_text())
-    for damaged in (path.read_text()[:100], "[]", ""):
+    text = path.read_text()
+    changed = text.replace('"images": 12', '"images": 13')
+    for damaged in (text[:100], changed, "[]", ""):
         path.write_text(damaged)
         compare(run, tmp_path, *words)
         assert json.loads(path.read_text())["AD"] == whole["AD"]
@@ -111,7 +114,14 @@ def test_a_method_that_fails_is_reported_and_the_rest_goes_on(run, tmp_path, cap
     assert json.loads((tmp_path / "ttame.json").read_text())["images"] == 12
 
 
-def test_an_unknown_method_is_refused_before_anything_is_measured(run, tmp_path):
-    with pytest.raises(SystemExit, match="unknown method lime; there are gradcam,"):
-        compare(run, tmp_path, "--methods", "gradcam,lime")
+def test_an_unknown_method_is_refused_before_anything_is_measured(run, tmp_path, refusal):
+    words = ["compare", "--run", run, "--output", tmp_path, "--methods", "gradcam,lime"]
+    status, said = refusal(words)
+    assert status == 2 and "unknown method lime; there are gradcam," in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_comparisons_do_not_share_an_output(run, tmp_path, refusal):
+    with locked(tmp_path):
+        status, said = refusal(["compare", "--run", run, "--output", tmp_path])
+    assert status == 1 and "another process is writing to" in said

@@ -59,11 +59,11 @@ def test_two_runs_of_a_method_are_named_by_their_files(tmp_path, capsys):
     assert "paper, reference" in capsys.readouterr().out
 
 
-def test_a_file_without_road_is_refused(tmp_path):
+def test_a_file_without_road_is_refused(tmp_path, refusal):
     path = tmp_path / "a.json"
     path.write_text('{"method": "ttame", "AD": {}}')
-    with pytest.raises(SystemExit, match="a.json has no ROAD figures"):
-        main(["curves", str(path), "--output", str(tmp_path)])
+    status, said = refusal(["curves", path, "--output", tmp_path])
+    assert status == 2 and "a.json has no ROAD figures" in said
 
 
 def test_no_line_leaves_the_picture():

@@ -123,3 +123,8 @@ def test_pointing_and_energy_read_the_boxes_of_their_own_images():
     summary = summarise(rows, ("pointing", "energy"))
     assert summary["pointing"]["mean"] == pytest.approx(100 * rows["pointing"].mean())
     assert summary["energy"]["mean"] == pytest.approx(100 * rows["energy"].mean())
+
+
+def test_a_batch_is_no_larger_than_all_images_need(method, source):
+    assert Evaluator(method, source, batch_size=8000).batch_size == 24  # of 20 images
+    assert Evaluator(method, source, indices=range(3), batch_size=8000).batch_size == 8

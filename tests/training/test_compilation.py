@@ -57,7 +57,7 @@ def test_programs_are_kept_in_the_users_cache_folder(pictures, tmp_path, monkeyp
     command = train_command(f"folder:{pictures}", tmp_path / "run", epochs=1, batch_size=32)
     launcher = Launcher(tmp_path)
     launcher.finish(launcher.start(command, devices=1))
-    kept = [path.name for path in (tmp_path / "cache" / "ttame_jax").iterdir()]
+    kept = [path.name for path in (tmp_path / "cache" / "ttame_jax" / "programs").iterdir()]
     assert any(name.startswith("jit_local_step") for name in kept)
 
 

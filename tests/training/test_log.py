@@ -24,6 +24,14 @@ def test_lines_after_the_step_resumed_from_are_forgotten(tmp_path):
     assert steps(path) == [1, 2, 3]
 
 
+def test_damaged_lines_are_named_and_dropped(tmp_path, capfd):
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\xfe\n{"step"\n[]\n{"step": "x"}\n{"step": 2}\n')
+    JsonLines(path, 2)
+    assert steps(path) == [1, 2]
+    assert f"{path}: damaged lines are dropped (2, 3, 4, 5)" in capfd.readouterr().err
+
+
 def test_lines_in_a_bucket_are_written_whole_now_and_then_and_at_the_end(tmp_path, monkeypatch):
     """A folder stands in for the bucket."""
     monkeypatch.setattr(log, "in_bucket", lambda path: True)

@@ -1,7 +1,10 @@
 import dataclasses
 import json
+import os
 import shutil
 import signal
+import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,9 @@ from launch import Launcher, train_command, wait_for_steps
 from tiny import TINY
 
 from ttame_jax.config import TrainConfig
+from ttame_jax.errors import Failure, one_line_errors
 from ttame_jax.experiments.train import train
+from ttame_jax.files import locked
 from ttame_jax.losses import LossConfig
 from ttame_jax.runs import (
     build_attention,
@@ -23,7 +28,7 @@ from ttame_jax.runs import (
     save_attention,
 )
 from ttame_jax.training import step as step_module
-from ttame_jax.training.loop import Diverged, preemption
+from ttame_jax.training.loop import Diverged, Trainer, preemption
 from ttame_jax.weights import load_backbone, save_backbone
 
 
@@ -114,28 +119,6 @@ def start(config, tmp_path):
     launcher.close()
 
 
-def test_killed_and_resumed_it_ends_with_the_same_parameters_bit_for_bit(config, tmp_path, start):
-    config = dataclasses.replace(
-        config, epochs=4, batch_size=8, validation_images=0, synchronise=True
-    )
-    whole = dataclasses.replace(config, output=tmp_path / "whole")
-    train(whole)
-    process = start(epochs=4)
-    wait_for_steps(config.output, 10, process)
-    process.kill()
-    process.wait()
-    log = config.output / "metrics.jsonl"
-    assert len(lines(log)) < 32
-    # The last line may be cut short; it must not matter.
-    with log.open("a") as file:
-        file.write('{"step": 19')
-    process = start(epochs=4)
-    assert process.wait(120) == 0
-    assert "resuming after step" in process.log.read_text()
-    assert_same_parameters(whole.output, config.output)
-    assert [line["step"] for line in lines(log)] == list(range(1, 33))
-
-
 def test_sigterm_saves_and_exits_cleanly(config, start):
     process = start(epochs=500, checkpoint_every=10_000)
     wait_for_steps(config.output, 10, process)
@@ -144,6 +127,36 @@ def test_sigterm_saves_and_exits_cleanly(config, start):
     last = lines(config.output / "metrics.jsonl")[-1]["step"]
     saved = max(int(path.name) for path in (config.output / "checkpoints").iterdir())
     assert saved >= last > 10
+
+
+def test_a_run_is_written_by_one_process_at_a_time(config):
+    trainer = Trainer(config)
+    with locked(config.output), pytest.raises(Failure, match="another process is writing to"):
+        trainer.train()
+    assert not (config.output / "config.json").exists()
+
+
+def test_a_run_whose_folder_was_taken_meanwhile_is_refused(config):
+    trainer = Trainer(config)
+    dataclasses.replace(config, learning_rate=0.5).save()
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        trainer.train()
+
+
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(config, monkeypatch, capsys):
+    config = dataclasses.replace(config, validation_images=0, checkpoint_every=2)
+    free, usage = [2**30] * 3 + [0], shutil.disk_usage
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(free=free.pop(0) if free else 0)
+    )
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as stop, one_line_errors("ttame"):
+        train(config)
+    line = "ttame: no space is left on the disk for"
+    assert stop.value.code == 1 and capsys.readouterr().err.splitlines()[-1].startswith(line)
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    train(config)
+    assert "resuming after step 2" in capsys.readouterr().err
 
 
 def test_a_folder_with_a_run_of_other_settings_is_refused(config):
@@ -233,7 +246,7 @@ def test_other_weights_under_the_same_name_are_refused_and_moved_ones_are_not(co
 
 
 def test_a_run_that_was_trained_elsewhere_is_not_trained_on(config):
-    save_attention(config.output, build_attention(config, build_backbone(config)), step=5)
+    save_attention(config.output, build_attention(config, build_backbone(config)), 5, config)
     config.save()
     with pytest.raises(
         ValueError, match="run was imported from another program's .* another --output"

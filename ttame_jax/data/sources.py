@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from ttame_jax.data.digits import Digits  # importing it registers it with TFDS
+from ttame_jax.data.transforms import MAX_PIXELS
 from ttame_jax.files import digest, in_bucket
 
 _STAND_INS = {"validation": ("validation", "val", "test")}
@@ -28,10 +29,12 @@ class Source(ABC):
     Attributes:
       class_names: the names of the labels, or None.
       has_boxes: whether records have boxes.
+      max_pixels: images with more pixels count as unreadable.
     """
 
     class_names: list[str] | None = None
     has_boxes: bool = False
+    max_pixels: int = MAX_PIXELS
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -76,7 +79,12 @@ class Source(ABC):
         return np.array([found[name] for name in names if name in found], np.int64)
 
 
-def load_source(dataset: str, split: str, data_dir: str | Path | None = None) -> Source:
+def load_source(
+    dataset: str,
+    split: str,
+    data_dir: str | Path | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Source:
     """Opens one split of a data set.
 
     Args:
@@ -85,6 +93,7 @@ def load_source(dataset: str, split: str, data_dir: str | Path | None = None) ->
       split: in TFDS's syntax, such as "train" or "validation[:200]". Without such a split,
         "validation" falls back to "val" or "test".
       data_dir: the folder of prepared data sets. None selects TFDS's default.
+      max_pixels: images with more pixels count as unreadable.
 
     Raises:
       FileNotFoundError: `data_dir` does not exist, or the data set is not prepared; the message
@@ -94,10 +103,20 @@ def load_source(dataset: str, split: str, data_dir: str | Path | None = None) ->
     here = data_dir is not None and not in_bucket(data_dir)
     if here and not Path(data_dir).expanduser().is_dir():
         raise FileNotFoundError(f"no folder {data_dir} of prepared data sets (--data-dir)")
+    try:
+        tfds.core.ReadInstruction.from_spec(split)
+    except ValueError as error:
+        raise ValueError(
+            f"{split!r} is not a split: write train, train[:10%] or train[100:200]"
+        ) from error
     kind, _, folder = dataset.partition(":")
-    if kind == "folder":
-        return FolderSource(folder, split)
-    return TfdsSource(dataset, split, data_dir)
+    source = (
+        FolderSource(folder, split) if kind == "folder" else TfdsSource(dataset, split, data_dir)
+    )
+    if not len(source):
+        raise ValueError(f"the split {split!r} of {dataset} has no images")
+    source.max_pixels = max_pixels
+    return source
 
 
 def select(source: Source, names: str | Path | None = None, limit: int | None = None) -> np.ndarray:
@@ -114,7 +133,10 @@ def select(source: Source, names: str | Path | None = None, limit: int | None = 
     """
     indices = np.arange(len(source))
     if names is not None:
-        lines = epath.Path(names).read_text().splitlines()
+        try:
+            lines = epath.Path(names).read_text().splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{names} is not a list of images: it is not a text file") from error
         wanted = [line.split()[0] for line in lines if line.strip()]
         indices = source.indices_of(wanted)
         print(f"{len(indices)} of the {len(wanted)} images of {names} are in {source}")
@@ -290,9 +312,9 @@ def _prepare(builder, manual_dir: str | Path | None):
 def _builder(dataset: str, data_dir: str | Path | None, **kwargs):
     try:
         return tfds.builder(dataset, data_dir=data_dir, **kwargs)
-    except tfds.core.DatasetNotFoundError as error:
+    except (ValueError, AssertionError) as error:  # of names, and of configurations or versions
         raise ValueError(
-            f"unknown data set {dataset!r}: give a TFDS name "
+            f"unknown data set {dataset!r}, or its configuration or version: give a TFDS name "
             "(https://www.tensorflow.org/datasets/catalog), 'folder:DIR' or 'digits'"
         ) from error
 

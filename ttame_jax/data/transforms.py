@@ -6,6 +6,7 @@ same. Conversion to [0, 1] and standardisation follow on the device.
 """
 
 import io
+import math
 import os
 
 import numpy as np
@@ -18,12 +19,21 @@ from ttame_jax.preprocessing import Preprocessing
 # bicubic.
 DRAFT_MARGIN = 2
 
+_LARGEST_RESIZED = 2**24  # pixels of a whole resized image
+
+
+MAX_PIXELS = 50_000_000
+"""Largest number of pixels of an image, unless another is given. Pillow itself refuses more than
+178 million (twice `PIL.Image.MAX_IMAGE_PIXELS`)."""
+
 
 class UnreadableImage(OSError):
-    """The bytes are not an image, or the image is damaged."""
+    """The bytes are not an image, or the image is damaged or too large."""
 
 
-def decode(encoded: bytes, shortest: int | None = None) -> Image.Image:
+def decode(
+    encoded: bytes, shortest: int | None = None, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """Decodes an image of any format that Pillow reads to RGB, without transparency.
 
     The EXIF orientation is ignored, as it was when the classifiers were trained.
@@ -32,12 +42,14 @@ def decode(encoded: bytes, shortest: int | None = None) -> Image.Image:
       encoded: the file's bytes.
       shortest: allows decoding a JPEG at 1/2, 1/4 or 1/8 of its size as long as its shortest side
         has at least this many pixels.
+      max_pixels: largest number of pixels, which is checked before the image is decoded.
 
     Raises:
-      UnreadableImage: the bytes are not an image, or the image is damaged.
+      UnreadableImage: the bytes are not an image, or the image is damaged or too large.
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
+            _check_pixels(image, max_pixels)
             if shortest is not None:
                 image.draft(None, (shortest, shortest))
             return _to_rgb(image)
@@ -46,10 +58,14 @@ def decode(encoded: bytes, shortest: int | None = None) -> Image.Image:
 
 
 def training_image(
-    encoded: bytes, preprocessing: Preprocessing, rng: np.random.Generator, flip: bool = True
+    encoded: bytes,
+    preprocessing: Preprocessing,
+    rng: np.random.Generator,
+    flip: bool = True,
+    max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
     """Returns a random crop, mirrored with probability 1/2 if `flip`: uint8 [S, S, 3]."""
-    image = decode(encoded, DRAFT_MARGIN * preprocessing.resize_size)
+    image = decode(encoded, DRAFT_MARGIN * preprocessing.resize_size, max_pixels)
     return random_crop(image, preprocessing, rng, flip)
 
 
@@ -61,9 +77,7 @@ def random_crop(
     size = preprocessing.image_size
     left = rng.integers(width - size, endpoint=True)
     top = rng.integers(height - size, endpoint=True)
-    across, down = image.width / width, image.height / height  # pixels of `image` per resized one
-    box = (left * across, top * down, (left + size) * across, (top + size) * down)
-    crop = np.asarray(image.resize((size, size), _filter(preprocessing), box))
+    crop = _resized_part(image, (width, height), (int(left), int(top)), preprocessing)
     return crop[:, ::-1] if flip and rng.random() < 0.5 else crop
 
 
@@ -76,9 +90,24 @@ def centre_crop(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """Returns what `evaluation_image` does, for a decoded image."""
     resized = _resized_size(image.size, preprocessing)
     left, top = _centre_corner(resized, preprocessing)
+    if math.prod(resized) > _LARGEST_RESIZED:  # of a very long image, only the crop is resized
+        return _resized_part(image, resized, (left, top), preprocessing)
     image = image.resize(resized, _filter(preprocessing))
     size = preprocessing.image_size
     return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def _resized_part(
+    image: Image.Image,
+    resized: tuple[int, int],
+    corner: tuple[int, int],
+    preprocessing: Preprocessing,
+) -> np.ndarray:
+    """Resizes only the crop at `corner` (left, top) of the resized image: uint8 [S, S, 3]."""
+    (width, height), (left, top), size = resized, corner, preprocessing.image_size
+    across, down = image.width / width, image.height / height  # pixels of `image` per resized one
+    box = (left * across, top * down, (left + size) * across, (top + size) * down)
+    return np.asarray(image.resize((size, size), _filter(preprocessing), box))
 
 
 def inside_boxes(
@@ -103,29 +132,43 @@ def inside_boxes(
     return (rows[:, :, None] & columns[:, None, :]).any(axis=0)
 
 
-def preprocess(image: str | os.PathLike | Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+def preprocess(
+    image: str | os.PathLike | Image.Image,
+    preprocessing: Preprocessing,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
     """Returns the centre crop of a single picture, rotated by its EXIF orientation.
 
     Args:
       image: a path, or an open PIL image of any mode.
       preprocessing: the backbone's.
+      max_pixels: largest number of pixels of the image.
 
     Returns:
       uint8 [S, S, 3].
 
     Raises:
       FileNotFoundError: the file does not exist.
-      UnreadableImage: the file is not an image, or the image is damaged.
+      UnreadableImage: the file is not an image, or the image is damaged or too large.
     """
     if isinstance(image, Image.Image):
+        _check_pixels(image, max_pixels)
         return centre_crop(_to_rgb(ImageOps.exif_transpose(image)), preprocessing)
     try:
         with Image.open(image) as opened:
-            return preprocess(opened, preprocessing)
+            return preprocess(opened, preprocessing, max_pixels)
     except FileNotFoundError:
         raise
     except Exception as error:  # see decode
         raise UnreadableImage(f"cannot decode {os.fspath(image)}: {error}") from error
+
+
+def _check_pixels(image: Image.Image, most: int) -> None:
+    if image.width * image.height > most:
+        raise UnreadableImage(
+            f"it has {image.width} x {image.height} pixels, more than {most:,}: "
+            "reduce it, or raise --max-pixels"
+        )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,5 +1,6 @@
 """`ttame compare`: explanation methods side by side on one backbone (Tables II to V, Fig. 15)."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -15,11 +16,17 @@ from flax import nnx
 from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import Backbone
 from ttame_jax.data import evaluation_batches, thin
+from ttame_jax.errors import Damaged, Failure
 from ttame_jax.experiments import tables
 from ttame_jax.experiments.arguments import Names
 from ttame_jax.experiments.curves import curves
-from ttame_jax.experiments.evaluate import EvaluationOptions, EvaluationSetup, MetricNames
-from ttame_jax.files import check_output_folder, to_json, write_atomically
+from ttame_jax.experiments.evaluate import (
+    EvaluationOptions,
+    EvaluationSetup,
+    MetricNames,
+    read_figures,
+)
+from ttame_jax.files import check_output_folder, locked, to_json, write_atomically
 from ttame_jax.methods import Method, compute_maps, list_methods, load_method, method_title
 from ttame_jax.plots import explanation_grid, save_figure
 from ttame_jax.preprocessing import to_float
@@ -48,6 +55,17 @@ class CompareConfig(EvaluationOptions):
     pictures: int = 6
     """Number of images in the picture of maps; 0 disables it."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.run:
+            raise ValueError("no run given: ttame compare --run DIR --output DIR")
+        if not self.methods:
+            raise ValueError(f"no method given: --methods takes {', '.join(list_methods())}")
+        if self.pictures < 0:
+            raise ValueError(f"--pictures must be at least 0, not {self.pictures}")
+        if (fewest := min(self.limits.values(), default=1)) < 1:
+            raise ValueError(f"--limits must be at least 1, not {fewest}")
+
 
 def compare(config: CompareConfig) -> dict[str, dict]:
     """Evaluates methods one after the other and writes their figures side by side.
@@ -59,11 +77,17 @@ def compare(config: CompareConfig) -> dict[str, dict]:
       ``{method: figures}`` of the evaluated methods.
 
     Raises:
-      ValueError: the runs are of different backbones, or every method fails.
+      ValueError: the runs are of different backbones.
+      Failure: every method fails, or another process writes to the output.
       FileNotFoundError: a run, the images or the weights are missing.
     """
     check_output_folder(config.output)
     comparison = Comparison(config)
+    with locked(config.output) if jax.process_index() == 0 else contextlib.nullcontext():
+        return _evaluate_and_write(comparison)
+
+
+def _evaluate_and_write(comparison: "Comparison") -> dict[str, dict]:
     figures, failures = {}, {}
     for name in comparison.names:
         try:
@@ -72,7 +96,7 @@ def compare(config: CompareConfig) -> dict[str, dict]:
             failures[name] = (str(error) or type(error).__name__).splitlines()[0]
             _say(f"{name} is left out: {failures[name]}")
     if not figures:
-        raise ValueError("no method could be evaluated: see the lines above")
+        raise Failure("no method could be evaluated: see the lines above")
     if jax.process_index() == 0:
         comparison.write(figures)
     for name, reason in failures.items():
@@ -90,8 +114,6 @@ class Comparison:
 
     def __init__(self, config: CompareConfig):
         self.config = config
-        if not config.run:
-            raise ValueError("no run given: ttame compare --run DIR --output DIR")
         runs = [load_run(run, config.weights) for run in config.run]
         backbones = {run.backbone.name for run in runs}
         if len(backbones) > 1:
@@ -193,10 +215,9 @@ class Comparison:
 def _read(path: Path) -> dict:
     """The figures in a file; empty if it does not exist or is damaged."""
     try:
-        figures = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError:
+        return read_figures(path) if path.is_file() else {}
+    except Damaged:
         return {}
-    return figures if isinstance(figures, dict) else {}
 
 
 @nnx.jit

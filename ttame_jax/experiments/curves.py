@@ -2,12 +2,12 @@
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ttame_jax.experiments.evaluate import read_figures
 from ttame_jax.experiments.tables import titles
 from ttame_jax.files import check_output_folder, write_atomically
 from ttame_jax.plots import line_style, save_figure
@@ -24,7 +24,8 @@ def curves(figures: Sequence[Path], output: Path) -> None:
       output: folder for `road.png`, `road.svg` and `road.csv`.
 
     Raises:
-      ValueError: a file is damaged or has no ROAD figures.
+      ValueError: a file has no ROAD figures.
+      Damaged: a file is damaged.
       FileNotFoundError: a file does not exist.
     """
     check_output_folder(output)
@@ -48,11 +49,8 @@ def _read(paths: Sequence[Path]) -> dict[str, dict]:
 
 
 def _figures(path: Path) -> dict:
-    try:
-        figures = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not a file of figures: {error}") from error
-    if not isinstance(figures, dict) or "ROAD" not in figures:
+    figures = read_figures(path)
+    if "ROAD" not in figures:
         raise ValueError(f"{path} has no ROAD figures: run ttame evaluate --measures road")
     return figures
 
@@ -67,7 +65,8 @@ def draw(lines: Mapping[str, Mapping]) -> Figure:
             axes.plot([int(v) for v in road], list(road.values()), **line_style(i), label=label)
         axes.set(title=f"{order}: {title}", xlabel="removed pixels, %")
         axes.grid(alpha=0.3)
-        axes.legend(title="mean", fontsize=8)
+        for text in axes.legend(title="mean", fontsize=8).get_texts():
+            text.set_parse_math(False)
     figure.axes[0].set_ylabel("confidence, %")
     figure.axes[0].set_ylim(bottom=0)  # of both axes, after all lines are drawn
     return figure

@@ -12,7 +12,7 @@ from ttame_jax.config import preset
 from ttame_jax.data import Source, evaluation_batches, load_source
 from ttame_jax.experiments.train import train
 from ttame_jax.explainer import Explainer
-from ttame_jax.files import check_output_folder, write_atomically
+from ttame_jax.files import check_output_folder, locked, write_atomically
 from ttame_jax.metrics.evaluation import Evaluator, summarise
 from ttame_jax.plots import heatmap, overlay, save_image
 from ttame_jax.preprocessing import to_float
@@ -29,18 +29,32 @@ METRICS = ("ad", "ic", "pointing")
 def run_demo(output: Path) -> None:
     """Trains and evaluates T-TAME on the built-in digits in minutes on two cores.
 
-    A second call reuses the classifier and the run of the first.
+    A second call reuses the classifier and the run of the first, or resumes their training.
     """
     check_output_folder(output)
-    start = time.monotonic()
-    weights = output / f"{BACKBONE}.safetensors"
-    if not weights.exists():
-        backbone = load_backbone(BACKBONE)
-        train_classifier(backbone, load_source("digits", "train"), epochs=CLASSIFIER_EPOCHS)
-        save_backbone(backbone, weights)
-    run = output / "run"
-    train(dataclasses.replace(preset(BACKBONE), weights=str(weights), output=run))
+    with locked(output):
+        start = time.monotonic()
+        weights, run = output / f"{BACKBONE}.safetensors", output / "run"
+        config = dataclasses.replace(preset(BACKBONE), weights=str(weights), output=run)
+        if _train_classifier(weights) and train(config):
+            _explain_and_write(output, run, start)
+        else:
+            print("stopped: the same command resumes the demo")
 
+
+def _train_classifier(weights: Path) -> bool:
+    """Trains the classifier, unless its file exists. Returns whether it is trained."""
+    if weights.exists():
+        return True
+    backbone, checkpoint = load_backbone(BACKBONE), weights.with_suffix(".checkpoint")
+    source = load_source("digits", "train")
+    if not train_classifier(backbone, source, epochs=CLASSIFIER_EPOCHS, checkpoint=checkpoint):
+        return False
+    save_backbone(backbone, weights)
+    return True
+
+
+def _explain_and_write(output: Path, run: Path, start: float) -> None:
     explainer = load_explainer(run)
     test = load_source("digits", "test")
     facts: dict[str, Any] = {

@@ -1,5 +1,6 @@
 """`ttame evaluate`: evaluates the maps of an explanation method and writes the figures as JSON."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,11 @@ import tyro
 from ttame_jax import files
 from ttame_jax.attention import AttentionMechanism
 from ttame_jax.data import Source, load_source, select
+from ttame_jax.data.transforms import MAX_PIXELS
+from ttame_jax.errors import Damaged
 from ttame_jax.experiments.arguments import Names
 from ttame_jax.experiments.resumable import ResumableRows
-from ttame_jax.files import to_json, write_atomically
+from ttame_jax.files import check_seal, locked, seal, to_json, write_atomically
 from ttame_jax.methods import Method, list_methods, load_method
 from ttame_jax.metrics import Evaluator, intervals, list_metrics, load_metrics, summarise
 from ttame_jax.preprocessing import Masking
@@ -50,14 +53,17 @@ class EvaluationOptions:
     backbone."""
     batch_size: int = 32
     """Images per batch, over all devices."""
+    max_pixels: int = MAX_PIXELS
+    """Images with more pixels count as unreadable."""
     seed: int = 0
     """Seed of ROAD's noise."""
     weights: str | None = None
     """The backbone's weights, if they have moved since the run."""
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"--batch-size must be at least 1, not {self.batch_size}")
+        for name in ("batch_size", "max_pixels"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must be at least 0 and below 2**63, not {self.seed}")
         if self.limit is not None and self.limit < 1:
@@ -99,6 +105,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     Raises:
       ValueError: the source has no image of the list, or the method does not apply.
       FileNotFoundError: the run, the images or the weights are missing.
+      Failure: another process writes to the output.
     """
     files.check_output_file(config.output)
     run = load_run(config.run, config.weights)
@@ -127,6 +134,7 @@ class EvaluationSetup:
             options.dataset or run.config.dataset,
             options.split,
             options.data_dir or run.config.data_dir,
+            options.max_pixels,
         )
         self.indices = select(self.source, options.list, options.limit)
         selected = files.digest([np.asarray(self.indices, np.int64)])
@@ -169,24 +177,40 @@ class EvaluationSetup:
             batch_size=options.batch_size,
             seed=options.seed,
         )
-        resumable = ResumableRows(output, settings)
-        rows, seconds = resumable.collect(evaluator, self.indices if indices is None else indices)
-        if jax.process_index() > 0:
-            return {}
-        figures = {
-            "images": len(rows["index"]),
-            "method": method.name,
-            "backbone": method.backbone.name,
-            "masking": self.masking,
-            **summarise(rows, options.measures),
-            "intervals": intervals(rows, options.measures),
-            "forward_passes": method.forward_passes,
-            "seconds_per_image": seconds / len(rows["index"]),
-            "settings": json.loads(to_json(settings)),
-        }
-        write_atomically(output, to_json(figures, indent=2) + "\n")
-        resumable.remove()
+        first = jax.process_index() == 0
+        with locked(output, folder=False) if first else contextlib.nullcontext():
+            resumable = ResumableRows(output, settings)
+            wanted = self.indices if indices is None else indices
+            rows, seconds = resumable.collect(evaluator, wanted)
+            if not first:
+                return {}
+            figures = {
+                "images": len(rows["index"]),
+                "method": method.name,
+                "backbone": method.backbone.name,
+                "masking": self.masking,
+                **summarise(rows, options.measures),
+                "intervals": intervals(rows, options.measures),
+                "forward_passes": method.forward_passes,
+                "seconds_per_image": seconds / len(rows["index"]),
+                "settings": settings,
+            }
+            figures = json.loads(to_json(figures))
+            write_atomically(output, to_json(seal(figures), indent=2) + "\n")
+            resumable.remove()
         return figures
+
+
+def read_figures(path: Path) -> dict[str, Any]:
+    """The figures in a file of `ttame evaluate` or `ttame compare`.
+
+    Raises:
+      Damaged: the file holds something else, or not what was written.
+    """
+    try:
+        return check_seal(json.loads(path.read_text()))
+    except (ValueError, AttributeError) as error:
+        raise Damaged(f"{path} is not a file of figures: {error}") from error
 
 
 def table(figures: Mapping[str, Any]) -> str:

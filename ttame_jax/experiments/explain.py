@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ttame_jax.data import preprocess
+from ttame_jax.data.transforms import MAX_PIXELS
 from ttame_jax.explainer import Classes, Explainer
 from ttame_jax.files import check_output_folder, save_arrays
 from ttame_jax.plots import explanation_figure, save_figure
@@ -24,6 +25,7 @@ def explain_files(
     classes: str = "predicted",
     method: str | None = None,
     weights: str | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> None:
     """Writes NAME.png (the image and its overlays) and NAME.npz (an `Explanation`) per image.
 
@@ -37,6 +39,7 @@ def explain_files(
       classes: predicted, top5 (or another number), or class ids as 3,17.
       method: a method to explain the run's backbone with; None is the run's own.
       weights: of the backbone, if they are no longer where the run found them.
+      max_pixels: images with more pixels are refused.
 
     Raises:
       ValueError: no image, an unknown method, or unknown classes.
@@ -49,7 +52,8 @@ def explain_files(
     wanted = _parse_classes(classes)
     explainer = load_explainer(run, weights, method)
     # All at once, so that a bad file is found before a slow method starts.
-    pictures = [preprocess(path, explainer.backbone.preprocessing) for path in images]
+    preprocessing = explainer.backbone.preprocessing
+    pictures = [preprocess(path, preprocessing, max_pixels) for path in images]
     for picture, stem in zip(pictures, stems):
         _explain_picture(explainer, picture, wanted, stem)
 

@@ -14,6 +14,7 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from ttame_jax.config import CONFIG_FILE, TrainConfig, command, preset
+from ttame_jax.errors import Damaged, Failure
 from ttame_jax.experiments.arguments import listed
 from ttame_jax.experiments.train import train
 from ttame_jax.files import write_atomically
@@ -69,7 +70,8 @@ def lr_find(config: TrainConfig, grid: Grid) -> Point | None:
       The best point; None if SIGTERM has stopped the search.
 
     Raises:
-      ValueError: a setting cannot be trained (raised before any training), or all diverge.
+      ValueError: a setting cannot be trained (raised before any training).
+      Failure: all rates diverge.
     """
     if not grid.rates:
         raise ValueError("no rate given: ttame lr-find --rates 1e-4,1e-3,1e-2")
@@ -102,7 +104,7 @@ def lr_find(config: TrainConfig, grid: Grid) -> Point | None:
             _write(points, config.output)
     best = max(points, key=lambda point: point.score, default=None)
     if best is None or best.score == -math.inf:
-        raise ValueError("every rate diverged: try lower ones, as --rates 1e-6,1e-5,1e-4")
+        raise Failure("every rate diverged: try lower ones, as --rates 1e-6,1e-5,1e-4")
     _report(points, best)
     return best
 
@@ -131,9 +133,14 @@ def _figures(run: TrainConfig) -> list[dict] | None:
     """The lines of a finished run, one per epoch; None if it is unfinished."""
     path = epath.Path(run.output) / "validation.jsonl"
     text = path.read_text() if path.is_file() else ""
-    lines = [json.loads(line) for line in text.split("\n")[:-1]]
-    if not lines or lines[-1]["epoch"] < run.epochs:
-        return None
+    try:
+        lines = [json.loads(line) for line in text.split("\n")[:-1]]
+        if not lines or lines[-1]["epoch"] < run.epochs:
+            return None
+        for line in lines:
+            score(line)
+    except (ValueError, TypeError, KeyError) as error:
+        raise Damaged(f"{path} is damaged: delete {run.output} to train it again") from error
     # A run is validated before its checkpoint is saved.
     saved = epath.Path(run.output) / CHECKPOINT_FOLDER / str(lines[-1]["step"])
     return lines if saved.is_dir() else None

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from ttame_jax.files import to_json, write_atomically
+from ttame_jax.files import check_seal, seal, to_json, write_atomically
 from ttame_jax.metrics.base import Rows
 from ttame_jax.metrics.evaluation import Evaluator
 
@@ -68,16 +68,32 @@ class ResumableRows:
         self.path.unlink()
 
     def _append(self, records: Sequence[dict]) -> None:
+        lines = [] if self.path.exists() else [self.header + "\n"]
         with self.path.open("a") as file:
-            file.writelines(to_json(record) + "\n" for record in records)
+            file.writelines([*lines, *(to_json(seal(record)) + "\n" for record in records)])
 
     def _read(self) -> list[dict]:
-        """Returns the complete lines of a file with these settings; otherwise starts a new file."""
-        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
-        if not lines or lines[0] != self.header:
-            lines = [self.header]
-        write_atomically(self.path, "".join(line + "\n" for line in lines))
-        return [json.loads(line) for line in lines[1:]]
+        """The rows of a file with these settings, one per image. A file with others is deleted.
+
+        Damaged lines are left out, so that their images are evaluated again.
+        """
+        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
+        same = bool(lines) and lines[0].decode(errors="replace") == self.header
+        rows = {row["index"]: row for line in lines[1:] if same and (row := _row(line))}
+        if rows:
+            kept = [self.header, *(to_json(seal(row)) for row in rows.values())]
+            write_atomically(self.path, "".join(line + "\n" for line in kept))
+        else:
+            self.path.unlink(missing_ok=True)
+        return list(rows.values())
+
+
+def _row(line: bytes) -> dict | None:
+    """The row in a line of the file; None if the line is damaged."""
+    try:
+        return check_seal(json.loads(line))
+    except (ValueError, AttributeError):
+        return None
 
 
 def _column(values: Sequence) -> np.ndarray:

@@ -10,8 +10,11 @@ from ttame_jax.training.loop import Diverged, Trainer, Validate
 from ttame_jax.training.step import TrainState
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig) -> bool:
     """Trains an attention mechanism, or resumes the run in ``config.output``.
+
+    Returns:
+      Whether the run is finished. SIGTERM ends it early.
 
     Raises:
       ValueError: the folder holds a run of another configuration, or the batch does not divide
@@ -20,7 +23,7 @@ def train(config: TrainConfig) -> None:
       Diverged: the loss, the parameters or the maps are no longer finite.
     """
     trainer = Trainer(config)
-    trainer.train(make_validate(trainer))
+    return trainer.train(make_validate(trainer))
 
 
 def make_validate(trainer: Trainer) -> Validate | None:
@@ -28,7 +31,9 @@ def make_validate(trainer: Trainer) -> Validate | None:
     config = trainer.config
     if not config.validation_images:
         return None
-    source = load_source(config.dataset, config.validation_split, config.data_dir)
+    source = load_source(
+        config.dataset, config.validation_split, config.data_dir, config.max_pixels
+    )
     evaluator = Evaluator(
         TTAME(trainer.backbone, trainer.attention),
         source,

@@ -1,6 +1,8 @@
 """Methods by name."""
 
 import inspect
+import typing
+from typing import Any
 
 from ttame_jax.attention import VARIANTS, AttentionMechanism
 from ttame_jax.backbones import Backbone
@@ -42,6 +44,10 @@ def load_method(
             raise ValueError(
                 f"{name} has no option {', '.join(sorted(unknown))}; it has {', '.join(options)}"
             )
+        hints = typing.get_type_hints(method.__init__)
+        for option, value in config.items():
+            if not _accepts(hints[option], value):
+                raise ValueError(f"{option} of {name} cannot be {value!r}")
         return method(backbone, **config)
     if name not in VARIANTS:
         raise ValueError(f"unknown method {name!r}; there are {', '.join(list_methods())}")
@@ -54,3 +60,12 @@ def load_method(
             f"{trained}: train one with --variant {name}"
         )
     return (method or TrainedMethod)(backbone, attention)
+
+
+def _accepts(hint: Any, value: int | str) -> bool:
+    """Whether a value is of an option's type. The method itself checks the choices of a Literal."""
+    if typing.get_origin(hint) is typing.Literal:
+        return True
+    if parts := typing.get_args(hint):
+        return any(_accepts(part, value) for part in parts)
+    return isinstance(value, hint)

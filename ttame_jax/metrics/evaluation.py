@@ -27,7 +27,8 @@ class Evaluator:
       masking: how a map masks an image for AD and IC. None selects the backbone's own masking.
       metrics: names of the metrics, see `list_metrics`.
       indices: the images of the source to measure. None selects all of them.
-      batch_size: images per batch, over all devices of all processes.
+      batch_size: images per batch, over all devices of all processes. A batch is no larger than
+        all images need.
       seed: seed of ROAD's noise.
 
     Raises:
@@ -48,12 +49,14 @@ class Evaluator:
     ):
         self.method, self.source, self.metrics = method, source, tuple(metrics)
         self.masking = masking or method.backbone.masking
-        self.indices, self.batch_size, self.seed = indices, batch_size, seed
+        self.indices, self.seed = indices, seed
         self.mesh = data_mesh()
         if batch_size % self.mesh.size:
             raise ValueError(
                 f"--batch-size {batch_size} does not divide over {self.mesh.size} devices"
             )
+        images = len(source) if indices is None else len(indices)
+        self.batch_size = min(batch_size, -(-images // self.mesh.size) * self.mesh.size)
         loaded = load_metrics(self.metrics)
         needing_boxes = [metric.name for metric in loaded if metric.needs_boxes]
         if needing_boxes and not source.has_boxes:

@@ -1,25 +1,28 @@
 """Orbax checkpoints of a run in training: the last ones, and the best by AD and IC at 15 %."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from ttame_jax.files import absolute
+from ttame_jax.config import TrainConfig
+from ttame_jax.files import absolute, check_space
 from ttame_jax.runs import (
     CHECKPOINT_FOLDER,
     attention_item,
+    check_architecture,
     check_digest,
+    digests_of,
     first_intact,
-    item_digest,
     score,
 )
 from ttame_jax.training.step import TrainState
 
 LAST_KEPT = 2
+LEAST_SPACE = 2**20
+"""Bytes that a checkpoint needs besides its arrays."""
 
 
 class Checkpoints:
@@ -30,9 +33,10 @@ class Checkpoints:
     together. A checkpoint can be restored with another number of processes.
     """
 
-    def __init__(self, run_dir: Path):
+    def __init__(self, config: TrainConfig):
+        self._config = config
         self._manager = ocp.CheckpointManager(
-            absolute(run_dir / CHECKPOINT_FOLDER),
+            absolute(config.output / CHECKPOINT_FOLDER),
             options=ocp.CheckpointManagerOptions(
                 best_fn=score,
                 cleanup_tmp_directories=True,
@@ -61,17 +65,21 @@ class Checkpoints:
         data: Mapping[str, int],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Saves the state and the position in the data, unless this step is saved already."""
+        """Saves the state and the position in the data, unless this step is saved already.
+
+        Raises:
+          OSError: too little space is left.
+        """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         items = {**_arrays(state), "data": dict(data)}
-        digests = {name: item_digest(item) for name, item in items.items()}
+        check_space(self._manager.directory / str(step), LEAST_SPACE + _size(items))
         arguments = ocp.args.Composite(
             attention=ocp.args.StandardSave(items["attention"]),
             optimizer=ocp.args.StandardSave(items["optimizer"]),
             data=ocp.args.JsonSave(items["data"]),
-            digests=ocp.args.JsonSave(digests),
+            digests=ocp.args.JsonSave(digests_of(items, self._config)),
         )
         self._manager.save(step, args=arguments, metrics=metrics)
 
@@ -89,6 +97,7 @@ class Checkpoints:
         Raises:
           ValueError: the checkpoint comes from another program (`ttame_jax.runs.save_attention`),
             or all checkpoints are damaged.
+          Failure: see `ttame_jax.runs.check_architecture`.
         """
         if self.latest is None:
             return state, None
@@ -100,6 +109,7 @@ class Checkpoints:
                 "--output"
             )
         steps = sorted(self._manager.all_steps(), reverse=True)
+        check_architecture(folder, steps, self._config)
         intact, restored = first_intact(folder, steps, lambda step: self._restore(step, state))
         for step in steps:
             if step > intact:  # Orbax saves no step before its last one
@@ -125,6 +135,10 @@ class Checkpoints:
         for name in (*like, "data"):
             check_digest(self._manager.directory / str(step), name, restored[name])
         return restored
+
+
+def _size(items: Mapping[str, Any]) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(items) if isinstance(leaf, jax.Array))
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:

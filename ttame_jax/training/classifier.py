@@ -1,6 +1,9 @@
 """Trains a small classifier on labelled images, for data sets without a published one."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +14,11 @@ from tqdm import tqdm
 
 from ttame_jax.backbones import Backbone
 from ttame_jax.data import Source, evaluation_batches
+from ttame_jax.errors import Damaged
+from ttame_jax.files import read_safetensors, write_safetensors
 from ttame_jax.losses import cross_entropy
 from ttame_jax.preprocessing import to_float
+from ttame_jax.training.loop import preemption
 
 
 def train_classifier(
@@ -24,7 +30,8 @@ def train_classifier(
     learning_rate: float = 2e-3,
     shift: int = 3,
     seed: int = 0,
-) -> None:
+    checkpoint: Path | None = None,
+) -> bool:
     """Trains a backbone in place, with linear warmup over a tenth of the steps and cosine decay.
 
     Matrices are trained with Muon, with which small transformers need a third of the steps, and
@@ -39,6 +46,14 @@ def train_classifier(
       learning_rate: peak rate of AdamW; Muon's is ten times that.
       shift: largest random shift of an image in pixels, with wrap-around.
       seed: of the order of the images and their shifts.
+      checkpoint: a file for the state after each epoch, from which an interrupted training
+        resumes. It is deleted at the end.
+
+    Returns:
+      Whether the training is finished. SIGTERM ends it early.
+
+    Raises:
+      KeyboardInterrupt: Ctrl-C.
     """
     images, labels = _decode(backbone, source)
     steps_per_epoch = len(images) // batch_size
@@ -48,17 +63,53 @@ def train_classifier(
     opt_state = optimizer.init(params)
     step_fn = jax.jit(_make_step(graph, rest, optimizer, shift), donate_argnums=(0, 1))
     rng, key = np.random.default_rng(seed), jax.random.key(seed)
-    bar = tqdm(total=epochs * steps_per_epoch, desc=f"training {backbone.name}", unit="step")
-    with bar:
-        for _ in range(epochs):
+    first, (params, opt_state) = _restored(checkpoint, (params, opt_state))
+    bar = tqdm(
+        total=epochs * steps_per_epoch,
+        initial=first,
+        desc=f"training {backbone.name}",
+        unit="step",
+    )
+    with bar, preemption() as preempted:
+        for epoch in range(epochs):
             order = rng.permutation(len(images))[: steps_per_epoch * batch_size]
-            for chosen in order.reshape(steps_per_epoch, batch_size):
-                step_key = jax.random.fold_in(key, bar.n)
+            steps = range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
+            for step, chosen in zip(steps, order.reshape(steps_per_epoch, batch_size)):
+                if step < first:
+                    continue
+                step_key = jax.random.fold_in(key, step)
                 params, opt_state = step_fn(
                     params, opt_state, images[chosen], labels[chosen], step_key
                 )
                 bar.update()
+                stop = preempted(step)
+                if checkpoint and (stop or step == steps[-1]):
+                    _save(checkpoint, step + 1, (params, opt_state))
+                if stop:
+                    return False
     nnx.update(backbone, params)
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
+    return True
+
+
+def _save(path: Path, step: int, state: Any) -> None:
+    leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+    write_safetensors(path, leaves, {"step": str(step)})
+
+
+def _restored(path: Path | None, state: Any) -> tuple[int, Any]:
+    """The number of steps done and the state after them, from a file; 0 and the given state if
+    there is none, or if it is damaged."""
+    if path is None or not path.is_file():
+        return 0, state
+    try:
+        tensors, metadata = read_safetensors(path)
+    except Damaged as error:
+        print(f"{error}; training starts anew", file=sys.stderr)
+        return 0, state
+    leaves = [jnp.asarray(tensors[str(i)]) for i in range(len(tensors))]
+    return int(metadata["step"]), jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 
 def _decode(backbone: Backbone, source: Source) -> tuple[np.ndarray, np.ndarray]:

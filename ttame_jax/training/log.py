@@ -57,8 +57,8 @@ class Log:
     def __exit__(self, *_):
         self.bar.close()
         if self._writes:
-            self.metrics.flush()
-            self.validation.flush()
+            self.metrics.close()
+            self.validation.close()
             self.writer.close()
 
     def advance(self) -> None:
@@ -91,13 +91,20 @@ class Log:
 
 
 class JsonLines:
-    """A file with one JSON object per line. Lines of steps after the resumed one are dropped."""
+    """A file with one JSON object per line.
+
+    Lines of steps after the resumed one are dropped. So are damaged lines, with a message.
+    """
 
     def __init__(self, path: Path, step: int):
         self.path = epath.Path(path)
-        text = self.path.read_text() if self.path.exists() else ""
+        text = self.path.read_bytes().decode(errors="replace") if self.path.exists() else ""
         lines = text.split("\n")[:-1]  # an incomplete last line is dropped
-        self._lines = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+        steps = list(map(_step, lines))
+        if damaged := [str(i) for i, of in enumerate(steps, start=1) if of is None]:
+            say(f"{self.path}: damaged lines are dropped ({', '.join(damaged[:5])})")
+        kept = [line for line, of in zip(lines, steps) if of is not None and of <= step]
+        self._lines = [line + "\n" for line in kept]
         self._appends = not in_bucket(path)
         self._written = -math.inf
         if text:
@@ -111,6 +118,19 @@ class JsonLines:
         elif time.monotonic() - self._written > _FLUSH_SECONDS:
             self.flush()
 
+    def close(self) -> None:
+        if not self._appends:
+            self.flush()
+
     def flush(self) -> None:
         write_atomically(self.path, "".join(self._lines))
         self._written = time.monotonic()
+
+
+def _step(line: str) -> int | None:
+    """The step of a line; None if the line is damaged."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return step if isinstance(step, int) else None

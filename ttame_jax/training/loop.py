@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from ttame_jax.config import CONFIG_FILE, TrainConfig
 from ttame_jax.data import Batches, load_source, train_batches
-from ttame_jax.files import check_output_folder
+from ttame_jax.errors import Failure
+from ttame_jax.files import LEAST_SPACE, check_output_folder, locked
 from ttame_jax.mesh import AXIS, check_batch_size, data_mesh, replicate
 from ttame_jax.runs import build_attention, build_backbone, load_config, load_inputs
 from ttame_jax.training.batch_size import largest_batch
@@ -41,7 +42,12 @@ UNRELATED = frozenset({"output", "workers", "log_every", "checkpoint_every"})
 """Settings that a resumed run may change, since no result depends on them."""
 
 
-class Diverged(ValueError):
+CHECKPOINTS_SPACE = 8
+"""Space that checkpoints need, as a multiple of the attention mechanism: the last two, the best and
+the next one, each with the optimizer's momentum."""
+
+
+class Diverged(Failure):
     """Training has diverged: the loss or the parameters are no longer finite."""
 
 
@@ -73,9 +79,13 @@ class Trainer:
         self.mesh = data_mesh()
         self.backbone = build_backbone(config)
         self.attention = build_attention(config, self.backbone)
+        size = sum(x.nbytes for x in jax.tree.leaves(nnx.state(self.attention)))
+        check_output_folder(config.output, LEAST_SPACE + CHECKPOINTS_SPACE * size)
         self.masking = config.masking or self.backbone.masking
         self.backbone_state = replicate(nnx.state(self.backbone), self.mesh)
-        self.source = load_source(config.dataset, config.train_split, config.data_dir)
+        self.source = load_source(
+            config.dataset, config.train_split, config.data_dir, config.max_pixels
+        )
         self.inputs = {"weights": digest(self.backbone), "images": self.source.fingerprint}
         _check_inputs(config, self.inputs)
         batch_size = config.batch_size
@@ -90,7 +100,7 @@ class Trainer:
                 f"lower --batch-size to at most that"
             )
 
-    def train(self, validate: Validate | None = None) -> None:
+    def train(self, validate: Validate | None = None) -> bool:
         """Runs all remaining steps, or those until SIGTERM or Ctrl-C, which save a checkpoint.
 
         Writes ``config.json``, ``metrics.jsonl``, ``validation.jsonl``, TensorBoard events and
@@ -99,8 +109,12 @@ class Trainer:
         Args:
           validate: called after each epoch; None disables validation.
 
+        Returns:
+          Whether the run is finished.
+
         Raises:
           Diverged: the loss or the parameters are no longer finite. They are not saved.
+          Failure: another process writes to the run's folder.
           KeyboardInterrupt: Ctrl-C, after the checkpoint; at once if it is pressed twice.
         """
         config, plan = self.config, self.plan
@@ -108,9 +122,12 @@ class Trainer:
         state = self._initial_state(plan)
         with (
             contextlib.closing(self._batches()) as batches,
-            Checkpoints(config.output) as checkpoints,
+            self._lock(),
+            Checkpoints(config) as checkpoints,
             preemption() as preempted,
         ):
+            settle(config)  # another process may have written since the first check
+            _check_inputs(config, self.inputs)
             state, position = checkpoints.restore(state)
             if position is not None:
                 batches.set_state(position)
@@ -144,8 +161,14 @@ class Trainer:
                     elif saves:
                         checkpoints.save(state, feed.state)
                     if stop:
-                        return say(f"stopped after step {step}: the same command resumes there")
+                        say(f"stopped after step {step}: the same command resumes there")
+                        return step == plan.total_steps
             say(f"done: ttame explain IMAGE --run {config.output} --output DIR")
+        return True
+
+    def _lock(self) -> contextlib.AbstractContextManager:
+        first = jax.process_index() == 0
+        return locked(self.config.output) if first else contextlib.nullcontext()
 
     def _diverged(self, step: int, rate: jax.Array, saved: int | None) -> Diverged:
         last = f"the last good checkpoint is of step {saved}" if saved else "nothing was saved"

@@ -160,6 +160,9 @@ def _check_options(name: str, family: Family, fields: Mapping[str, Any]) -> None
         raise ValueError(
             f"{name} has no option {', '.join(sorted(unknown))}; it has {', '.join(sorted(options))}"
         )
+    for field in free & fields.keys():
+        if not isinstance(fields[field], int) or fields[field] < 1:
+            raise ValueError(f"{field} must be a positive integer, not {fields[field]!r}")
 
 
 def _hashable(value: Any) -> Any:

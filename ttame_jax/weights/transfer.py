@@ -12,6 +12,7 @@ from flax import nnx
 from ttame_jax import files
 from ttame_jax.backbones import Backbone, family_of
 from ttame_jax.backbones.tensors import SAME, Entry, Table, Transform
+from ttame_jax.errors import Damaged
 from ttame_jax.files import Tensors
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -201,7 +202,7 @@ def _cross(module, entry: Entry, tensor: np.ndarray, needed, misfit: str) -> np.
         value = None
     if value is not None and value.shape == needed.shape:
         if fault := _fault(tensor, value):
-            raise ValueError(f"{misfit}: {key} {fault}")
+            raise Damaged(f"{misfit}: {key} {fault}")
         return value
     shape = _torch_shape(transform, needed.shape)
     line = f"{misfit}: {key} has shape {list(tensor.shape)}, needed is {list(shape)}"
