@@ -92,7 +92,7 @@ def small_demo(place: Path, output: Path) -> None:
     short = dataclasses.replace(
         config.preset(demo.BACKBONE), epochs=1, batch_size=500, validation_images=100, workers=0
     )
-    demo.preset, demo.CLASSIFIER_EPOCHS = lambda name: short, 1
+    vars(demo).update(preset=lambda name: short, CLASSIFIER_EPOCHS=1)
     cli.main(["demo", "--output", str(output)])
 
 
@@ -134,10 +134,9 @@ def run(options: Options) -> dict[str, Any]:
 
 def killed(name: str, numbers: Sequence[int], place: Path, rng: random.Random) -> dict[str, Any]:
     """Kills a command once for each number. Returns what was found."""
-    expected = finish(COMMANDS[name], place, place / name)
     start = time.perf_counter()
-    wait(fork(COMMANDS[name], place, place / f"{name}_again"), place / f"{name}_again")
-    seconds = time.perf_counter() - start  # with its programs cached
+    expected = finish(COMMANDS[name], place, place / name)
+    seconds = time.perf_counter() - start
     report: dict[str, Any] = {
         "kills": 0,
         "seconds": seconds,

@@ -7,6 +7,7 @@ and the attention mechanism under `generic.attn_mech.` (`generic.attn_mech.1.` f
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from flax import nnx
 from ttame_jax.attention import VARIANTS, AttentionMechanism
 from ttame_jax.backbones import Backbone, family_of
 from ttame_jax.backbones.tensors import LINEAR_AS_CONV, Table, batch_norm, weights
+from ttame_jax.checks import accepts
 from ttame_jax.config import TrainConfig
 from ttame_jax.files import Tensors, new_folder, read_safetensors
 from ttame_jax.losses import LossConfig
@@ -156,7 +158,6 @@ def run_config(checkpoint: Checkpoint, output: Path, weights: str) -> TrainConfi
     Raises:
       ValueError: a hyper-parameter has no counterpart here; the message names it.
     """
-    given = checkpoint.hyper_parameters
     names = {theirs: ours for ours, theirs in published("torchvision").items()}
     model = _known(checkpoint, "model_name", names)
     backbone_config: dict[str, int | str] = {}
@@ -175,8 +176,8 @@ def run_config(checkpoint: Checkpoint, output: Path, weights: str) -> TrainConfi
         masking=_known(checkpoint, "train_method", MASKING, "new"),
         evaluation_masking="pixel",
         loss=LossConfig(recipe="reference"),
-        epochs=given.get("epochs", 8),
-        learning_rate=given.get("lr", 1e-3),
+        epochs=_number(checkpoint, "epochs", int, 8),
+        learning_rate=_number(checkpoint, "lr", float, 1e-3),
     )
 
 
@@ -191,6 +192,15 @@ def _known(checkpoint: Checkpoint, name: str, table: dict[str, Any], default: st
             f"there are {', '.join(table)}"
         )
     return table[value]
+
+
+def _number(checkpoint: Checkpoint, name: str, kind: type, default: float) -> Any:
+    value = checkpoint.hyper_parameters.get(name, default)
+    if not accepts(kind, value) or not 0 < value < math.inf:
+        raise ValueError(
+            f"{checkpoint.path} has {name} {value!r}, which is no positive {kind.__name__}"
+        )
+    return value
 
 
 def _layers(checkpoint: Checkpoint, model: str, config: dict) -> tuple[str | None, int]:

@@ -25,9 +25,16 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import gc
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
+
+# Fixtures that are shared by all examples must only be read.
+COMMON = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
+hypothesis.settings.register_profile("default", max_examples=200, derandomize=True, **COMMON)
+hypothesis.settings.register_profile("nightly", max_examples=10_000, **COMMON)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # Traced programs are many small objects that stay: collecting them often takes minutes in all.
 gc.set_threshold(100_000, 50, 100)

@@ -134,7 +134,11 @@ CONVERT = "convert backbone vit --weights {}/"
         (EVALUATE + " --method lime", 2, "unknown method 'lime'"),
         (EVALUATE + " --method rise --method-config masks many", 2, "masks of rise cannot be"),
         (EVALUATE + " --method rise --method-config masks 0", 2, "rise needs 1 mask or more"),
-        (EVALUATE + " --method rise --method-config recipe own", 2, "recipes of rise are"),
+        (
+            EVALUATE + " --method rise --method-config recipe own",
+            2,
+            "recipes of rise are",
+        ),
         (EVALUATE + " --method gradcam --method-config layer 3", 2, "layer of gradcam cannot be 3"),
         (EVALUATE + " --method gradcam --method-config layer no", 2, "vit has no layer 'no'"),
         (EVALUATE + " --method iia --method-config steps 0", 2, "iia integrates over 1 step"),

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import sys
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from flax import nnx
 
 from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import Backbone
+from ttame_jax.checks import accepts
 from ttame_jax.config import CONFIG_FILE, INPUTS, TrainConfig
 from ttame_jax.errors import Damaged, Failure, no_word_of_closed_loops
 from ttame_jax.explainer import Explainer
@@ -98,16 +100,26 @@ def load_config(run_dir: str | Path) -> TrainConfig:
     try:
         fields = json.loads(path.read_text())
         fields.pop(INPUTS, None)
-        fields["output"] = epath.Path(run_dir)
-        fields["loss"] = LossConfig(**fields["loss"])
-        if fields.get("validation_list") is not None:
-            fields["validation_list"] = epath.Path(fields["validation_list"])
+        loss = LossConfig(**_typed(fields.pop("loss"), LossConfig))
+        listed = fields.pop("validation_list", None)
+        listed = None if listed is None else epath.Path(listed)
+        fields = _typed(fields | {"output": Path()}, TrainConfig)
+        fields |= {"output": epath.Path(run_dir), "loss": loss, "validation_list": listed}
         return TrainConfig(**fields)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Damaged(
             f"{path} is damaged, or was written by another version: "
             f"{type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _typed(fields: dict[str, Any], kind: type) -> dict[str, Any]:
+    """The fields, after checking that they have the types that a dataclass gives them."""
+    hints = typing.get_type_hints(kind)
+    for name, value in fields.items():
+        if not accepts(hints[name], value):
+            raise ValueError(f"{name} cannot be {value!r}")
+    return fields
 
 
 def load_inputs(run_dir: str | Path) -> dict[str, str]:

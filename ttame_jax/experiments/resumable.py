@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from ttame_jax.files import check_seal, seal, to_json, write_atomically
+from ttame_jax.files import SEAL, check_seal, seal, to_json, write_atomically
 from ttame_jax.metrics.base import Rows
 from ttame_jax.metrics.evaluation import Evaluator
 
@@ -91,8 +91,9 @@ class ResumableRows:
 def _row(line: bytes) -> dict | None:
     """The row in a line of the file; None if the line is damaged."""
     try:
-        return check_seal(json.loads(line))
-    except (ValueError, AttributeError):
+        fields = json.loads(line)
+        return check_seal(fields) if SEAL in fields else None
+    except (ValueError, TypeError, AttributeError):
         return None
 
 

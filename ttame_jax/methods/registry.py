@@ -2,10 +2,10 @@
 
 import inspect
 import typing
-from typing import Any
 
 from ttame_jax.attention import VARIANTS, AttentionMechanism
 from ttame_jax.backbones import Backbone
+from ttame_jax.checks import accepts
 from ttame_jax.methods.base import REGISTERED, Method
 from ttame_jax.methods.ttame import TrainedMethod
 
@@ -46,7 +46,8 @@ def load_method(
             )
         hints = typing.get_type_hints(method.__init__)
         for option, value in config.items():
-            if not _accepts(hints[option], value):
+            chosen = typing.get_origin(hints[option]) is typing.Literal  # the method names these
+            if not chosen and not accepts(hints[option], value):
                 raise ValueError(f"{option} of {name} cannot be {value!r}")
         return method(backbone, **config)
     if name not in VARIANTS:
@@ -60,12 +61,3 @@ def load_method(
             f"{trained}: train one with --variant {name}"
         )
     return (method or TrainedMethod)(backbone, attention)
-
-
-def _accepts(hint: Any, value: int | str) -> bool:
-    """Whether a value is of an option's type. The method itself checks the choices of a Literal."""
-    if typing.get_origin(hint) is typing.Literal:
-        return True
-    if parts := typing.get_args(hint):
-        return any(_accepts(part, value) for part in parts)
-    return isinstance(value, hint)
