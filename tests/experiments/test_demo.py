@@ -1,14 +1,18 @@
+import dataclasses
+
 from ttame_jax.config import preset
+from ttame_jax.data import load_source
 from ttame_jax.experiments import demo
 from ttame_jax.weights import load_backbone, save_backbone
 
 
 def test_the_demo_writes_its_page_and_pictures(tmp_path, monkeypatch, capsys):
-    """With an untrained classifier and the shortest training: the page, not the figures."""
-    import dataclasses
-
-    short = dataclasses.replace(preset("digits_vit"), epochs=1, batch_size=1000, workers=0)
+    """With few images, an untrained classifier and one step of training: the page, not the
+    figures."""
+    few = {"train_split": "train[:16]", "validation_images": 8, "batch_size": 16}
+    short = dataclasses.replace(preset("digits_vit"), epochs=1, workers=0, **few)
     monkeypatch.setattr(demo, "preset", lambda name: short)
+    monkeypatch.setattr(demo, "load_source", lambda name, split: load_source(name, "test[:32]"))
     save_backbone(load_backbone("digits_vit"), tmp_path / "digits_vit.safetensors")
     demo.run_demo(tmp_path)
     said = capsys.readouterr().out

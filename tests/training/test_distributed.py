@@ -193,7 +193,7 @@ def test_evaluation_by_two_processes_gives_the_figures_of_one(whole, pictures, t
 def test_a_process_described_in_part_is_refused(dataset, tmp_path, launcher):
     command = train_command(dataset, tmp_path / "run", **FIELDS)
     process = launcher.start([*command, "--process-id", "1"], devices=1)
-    assert process.wait(60) == 1
+    assert process.wait(60) == 2
     said = process.log.read_text()
     assert said.startswith("ttame: without a detected cluster, several processes need")
     assert "--coordinator-address HOST:PORT, --num-processes and --process-id" in said
