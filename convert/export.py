@@ -22,7 +22,7 @@ from .authors import (
     obstacle,
 )
 from .modules import libraries, module_config
-from .pytorch import INSTALL
+from .pytorch import INSTALL, import_torch
 from .pytorch.checkpoints import torch_state
 from .pytorch.torch_import import import_torchvision
 
@@ -52,7 +52,10 @@ def run_to_torch(
 
     Raises:
       ValueError: the output exists, or no library has the backbone.
+      ImportError: PyTorch is not installed, and the module or the checkpoint needs it.
     """
+    if module or onnx:
+        import_torch("the module")
     run = load_run(run_dir, weights)
     backbone, attention = run.backbone, run.attention
     settings = hyper_parameters(run.config, backbone)
@@ -150,7 +153,7 @@ def export_onnx(explainer, config: dict[str, Any], path: Path) -> None:
     Raises:
       ImportError: onnx or onnxscript is not installed.
     """
-    import torch
+    torch = import_torch("ONNX")
 
     try:
         import onnxscript  # noqa: F401
@@ -174,6 +177,6 @@ def export_onnx(explainer, config: dict[str, Any], path: Path) -> None:
 
 
 def _save(content: Any, path: Path) -> None:
-    import torch
+    torch = import_torch("writing a .ckpt")
 
     torch.save(content, path)

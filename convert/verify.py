@@ -17,6 +17,7 @@ from ttame_jax.weights import load_backbone
 
 from .export import explainer_config, torch_explainer
 from .modules import libraries
+from .pytorch import import_torch
 
 CLASSES = 3
 """Number of the most probable classes whose maps are compared."""
@@ -46,9 +47,11 @@ def verify(
     Raises:
       ValueError: no library has the backbone, or `images` or `tolerance` is not positive.
       Failure: a difference exceeds the tolerance.
+      ImportError: PyTorch is not installed.
     """
     if images < 1:
         raise ValueError(f"--images must be at least 1, not {images}")
+    import_torch("verify")
     if not tolerance > 0:
         raise ValueError(f"--tolerance must be positive, not {tolerance}")
     if Path(target).is_dir():

@@ -13,7 +13,7 @@ import numpy as np
 from ttame_jax.errors import Damaged
 from ttame_jax.files import Tensors, cache_dir, write_safetensors
 
-from . import INSTALL
+from . import import_torch
 
 
 def cached(key: str, make: Callable[[], Tensors]) -> Path:
@@ -50,10 +50,7 @@ def read_torch(path: Path) -> Any:
       Damaged: the file is not PyTorch's, is damaged, or cannot be read in this way.
       ImportError: PyTorch is not installed.
     """
-    try:
-        import torch
-    except ImportError:
-        raise ImportError(f"reading {path} needs PyTorch: {INSTALL}") from None
+    torch = import_torch(f"reading {path}")
     _check_zip(path)
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)

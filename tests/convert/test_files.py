@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from ttame_jax.convert.pytorch.checkpoints import read_torch
+from ttame_jax.convert.verify import verify
 from ttame_jax.errors import Damaged
 from ttame_jax.preprocessing import Preprocessing
 from ttame_jax.weights import load_backbone, save_backbone
@@ -381,3 +383,10 @@ def test_saved_tensors_are_readable_by_their_path(tmp_path, backbone):
     tensors = load_file(tmp_path / "own.safetensors")
     assert tensors["layers.1.0.downsample.conv.kernel"].shape == (1, 1, 16, 32)
     assert tensors.keys() == parameters(backbone).keys()
+
+
+def test_what_needs_pytorch_says_so(without_torch, tmp_path):
+    without_torch()
+    for command in (lambda: list(verify("vit_ti16")), lambda: read_torch(tmp_path / "w.pth")):
+        with pytest.raises(ImportError, match=r"needs PyTorch: pip install 'ttame-jax\[convert\]'"):
+            command()

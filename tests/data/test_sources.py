@@ -8,6 +8,7 @@ import tensorflow_datasets as tfds
 from data_helpers import HIDE_TENSORFLOW, encode, noise, run_python
 
 from ttame_jax.data import evaluation_batches, load_source, prepare
+from ttame_jax.errors import Damaged
 from ttame_jax.preprocessing import Preprocessing
 
 
@@ -95,6 +96,16 @@ def test_preparing_without_the_archives_names_them(tmp_path):
     expected = "imagenet2012 needs archives in .*manual: .*ILSVRC2012_img_train.tar"
     with pytest.raises(FileNotFoundError, match=expected):
         prepare("imagenet2012", tmp_path / "data", tmp_path / "manual")
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    pytest.importorskip("tensorflow")
+    manual = tmp_path / "manual"
+    manual.mkdir()
+    for name in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"):
+        (manual / name).write_text("no archive")
+    with pytest.raises(Damaged, match=f"an archive of imagenet2012 in {manual} is damaged: "):
+        prepare("imagenet2012", tmp_path / "data", manual)
 
 
 def test_preparing_without_tensorflow_names_the_extra(tmp_path):
@@ -224,3 +235,11 @@ def test_boxes_in_another_format_are_not_read(tmp_path):
     builder.download_and_prepare()
     source = load_source("absolute_boxes", "train", tmp_path)
     assert not source.has_boxes and source[0].keys() == {"image", "label"}
+
+
+@pytest.mark.parametrize(
+    "split", ["test[:0]", "test[10:5]", "test[2000:]", "test[50%:50%]", "test[5:5]+validation[:0]"]
+)
+def test_splits_without_images_are_refused(split, digits_dir):
+    with pytest.raises(ValueError, match=r"the split '.*' of digits has no images"):
+        load_source("digits", split, digits_dir)

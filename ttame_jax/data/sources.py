@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import operator
 import re
+import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from etils import epath
 
 from ttame_jax.data.digits import Digits  # importing it registers it with TFDS
 from ttame_jax.data.transforms import MAX_PIXELS
+from ttame_jax.errors import Damaged
 from ttame_jax.files import digest, in_bucket
 
 _STAND_INS = {"validation": ("validation", "val", "test")}
@@ -167,6 +169,8 @@ class TfdsSource(Source):
                 f"{_prepare_command(dataset, data_dir)}"
             )
         self._split = _existing_split(split, splits, dataset)
+        if _size_of(splits, self._split) < 1:
+            raise ValueError(f"the split {split!r} of {dataset} has no images")
         self._dataset, self._full_name = dataset, builder.info.full_name
         features = builder.info.features
         self._image = _feature_of_type(features, tfds.features.Image)
@@ -280,6 +284,7 @@ def prepare(name: str, data_dir: str | Path | None = None, manual_dir: str | Pat
       ValueError: the data set does not exist.
       ModuleNotFoundError: TensorFlow, which TFDS needs to prepare data sets, is not installed.
       FileNotFoundError: archives are missing.
+      Damaged: an archive is damaged.
     """
     builder = _builder(name, data_dir, file_format="array_record")
     already = bool(builder.info.splits)
@@ -299,6 +304,10 @@ def _prepare(builder, manual_dir: str | Path | None):
     config = tfds.download.DownloadConfig(manual_dir=manual_dir and Path(manual_dir).expanduser())
     try:
         builder.download_and_prepare(download_config=config)
+    except tarfile.TarError as error:
+        raise Damaged(
+            f"an archive of {builder.name} in {manual_dir} is damaged: {error}"
+        ) from error
     except AssertionError as error:  # TFDS raises it if the archives are missing
         instructions = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
         if instructions is None:
@@ -353,6 +362,14 @@ def _existing_split(split: str, available: Iterable[str], dataset: str) -> str:
         raise ValueError(f"{dataset} has no split {match[0]!r}; it has: {', '.join(available)}")
 
     return re.sub(r"(?<![\w\[])\w+(?=$|[\[+])", existing, split)
+
+
+def _size_of(splits, split: str) -> int:
+    """The number of records in a split; 0 if it lies outside the data set."""
+    try:
+        return splits[split].num_examples
+    except ValueError:
+        return 0
 
 
 def _slice_of(split: str, size: int) -> slice:
