@@ -11,41 +11,22 @@ Neither this module nor its worker processes touch JAX's devices.
 
 import atexit
 import functools
-import multiprocessing
-import multiprocessing.util
-import os
-import queue
-import shutil
-import subprocess
-import sys
-import threading
 import warnings
 import weakref
 from collections.abc import Sequence
-from multiprocessing import resource_tracker
-from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 
 from ttame_jax.data.sources import Source
 from ttame_jax.data.transforms import centre_crop, decode, inside_boxes, training_image
-from ttame_jax.errors import Damaged, Failure
+from ttame_jax.data.workers import Prefetched, bounded, end_if_waiting, prefetched
+from ttame_jax.errors import Damaged
 from ttame_jax.preprocessing import Preprocessing
 
-_PREFETCH = 2  # batches made ahead, by each worker process or in-process by threads
 _MAX_UNREADABLE = 0.01  # share of the images seen
 _ENOUGH_SEEN = 1000  # images, before that share is checked
 
-_WORKER_CHECK_SECONDS = 1
-_DEAD_WORKER = (
-    "an input worker has died, as happens when memory runs out: the same command resumes the run; "
-    "fewer --workers need less memory, and 0 uses threads instead"
-)
-_SHARED_MEMORY = "/dev/shm"
-
-_abandoned = []  # Grain's iterators that wait for a dead worker, as their ends would, too
 _open_batches = weakref.WeakSet()
 
 
@@ -53,10 +34,7 @@ _open_batches = weakref.WeakSet()
 def _close_all():
     for batches in list(_open_batches):
         batches.close()
-    if _abandoned:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # Grain would wait for the dead worker
+    end_if_waiting()
 
 
 def train_batches(
@@ -158,13 +136,11 @@ class Batches(grain.DatasetIterator):
         super().__init__()
         self._dataset = dataset
         self._source = source
-        self._workers = _bounded(workers)
+        self._workers = bounded(workers)
         self._size = size  # of a batch, in bytes
         self._images = images  # of this process, in an epoch
         self._taken = 0
         self._closed = False
-        self._others = set(multiprocessing.active_children())
-        self._children = set()  # the workers
         self._ahead = None  # Grain's iterator, which prefetches batches from `_taken` on
         self._seen = 0
         self._unreadable = set()
@@ -177,45 +153,10 @@ class Batches(grain.DatasetIterator):
     def __next__(self) -> dict[str, np.ndarray]:
         if self._closed:
             raise ValueError("these batches are closed")
-        batch = self._next_batch()
+        batch = next(self._prefetching())
         self._taken += 1
         self._check(batch["index"], batch.pop("unreadable"))
         return {name: np.array(value) for name, value in batch.items()}  # copied from shared memory
-
-    def _next_batch(self) -> dict[str, np.ndarray]:
-        if not self._workers:
-            return next(self._prefetching())
-        # A worker that is killed while it writes leaves Grain waiting for the rest of its batch.
-        results: queue.Queue[Any] = queue.Queue(1)
-
-        def take(iterator):
-            try:
-                results.put(next(iterator))
-            except BaseException as error:  # noqa: BLE001  raised below, in the caller's thread
-                results.put(error)
-
-        threading.Thread(target=take, args=[self._prefetching()], daemon=True).start()
-        while True:
-            self._children |= set(multiprocessing.active_children()) - self._others
-            try:
-                result = results.get(timeout=_WORKER_CHECK_SECONDS)
-            except queue.Empty:
-                if any(child.exitcode for child in self._children):
-                    self._abandon()
-                    raise Failure(_DEAD_WORKER) from None
-                continue
-            if isinstance(result, RuntimeError) and "Worker process was" in str(result):
-                raise Failure(_DEAD_WORKER) from result
-            if isinstance(result, BaseException):
-                raise result
-            return result
-
-    def _abandon(self):
-        """Ends the workers of an iterator that waits for a dead one, and leaves it as it is."""
-        _abandoned.append(self._ahead)
-        self._ahead, self._closed = None, True
-        for child in self._children:
-            child.kill()
 
     def get_state(self) -> dict[str, int]:
         return {"batches": self._taken}
@@ -227,10 +168,9 @@ class Batches(grain.DatasetIterator):
     def start_prefetch(self):
         self._prefetching()
 
-    def _prefetching(self) -> grain.DatasetIterator:
+    def _prefetching(self) -> Prefetched:
         if self._ahead is None:
-            self._ahead = _iterate(self._dataset[self._taken :], self._workers, self._size)
-            self._ahead.start_prefetch()
+            self._ahead = prefetched(self._dataset[self._taken :], self._workers, self._size)
         return self._ahead
 
     def close(self):
@@ -254,85 +194,6 @@ class Batches(grain.DatasetIterator):
                 f"{len(self._unreadable)} of {self._seen} images of {self._source} are unreadable "
                 "(the warnings name them): repair or remove them"
             )
-
-
-def _bounded(workers: int) -> int:
-    """No more workers than cores, or two."""
-    cores = max(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 2)
-    if workers > cores:
-        print(f"{workers} workers on {cores} cores: {cores} are started", file=sys.stderr)
-    return min(workers, cores)
-
-
-def _iterate(dataset: grain.MapDataset, workers: int, size: int) -> grain.DatasetIterator:
-    if not flags.FLAGS.is_parsed():  # grain 0.2.18 reads a flag even if none are parsed (#1355)
-        flags.FLAGS.mark_as_parsed()
-    threads = 1 if workers else _PREFETCH
-    batches = dataset.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=_PREFETCH))
-    # Only images are worth their own block of shared memory. grain 0.2.18 has these options only
-    # in its experimental module.
-    fits = not workers or _fits_in_shared_memory((_PREFETCH + 2) * workers * size)
-    options = grain.experimental.DatasetOptions(min_shm_size=2**16 if fits else sys.maxsize)
-    if workers:
-        _start_resource_tracker()
-    batches = grain.experimental.WithOptionsIterDataset(batches, options)
-    return iter(
-        batches.mp_prefetch(
-            grain.MultiprocessingOptions(workers, per_worker_buffer_size=_PREFETCH),
-            worker_init_fn=_end_with_parent,
-        )
-    )
-
-
-def _fits_in_shared_memory(needed: int) -> bool:
-    """Whether batches can be passed through shared memory. A worker that exceeds it is killed."""
-    if not os.path.isdir(_SHARED_MEMORY):
-        return True
-    free = shutil.disk_usage(_SHARED_MEMORY).free
-    if needed > free:
-        print(
-            f"{_SHARED_MEMORY} has {free / 2**20:.0f} MiB left and batches need "
-            f"{needed / 2**20:.0f} MiB: they go through pipes, which is slower (in Docker, raise "
-            "--shm-size, or use --workers 0)",
-            file=sys.stderr,
-        )
-    return needed <= free
-
-
-def _start_resource_tracker() -> None:
-    """Starts the process that unlinks leaked shared memory in a session of its own.
-
-    `multiprocessing` starts it in the process group of its parent, where whoever kills the group
-    kills it, too, and the shared memory stays.
-    """
-
-    def spawn(path, args, passfds):
-        return subprocess.Popen(
-            args,
-            executable=path,
-            pass_fds=passfds,
-            start_new_session=True,
-            stderr=subprocess.DEVNULL,  # it warns of what a killed process has left
-        ).pid
-
-    usual = multiprocessing.util.spawnv_passfds
-    # pyrefly: ignore[bad-assignment]
-    multiprocessing.util.spawnv_passfds = spawn
-    try:
-        resource_tracker.ensure_running()
-    finally:
-        multiprocessing.util.spawnv_passfds = usual
-
-
-def _end_with_parent(worker_index: int, worker_count: int):
-    """Ends this worker when its parent dies, even by SIGKILL: Grain's workers would wait forever."""
-
-    def watch():
-        # pyrefly: ignore[missing-attribute]  # a worker has a parent
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _load_for_training(
