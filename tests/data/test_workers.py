@@ -12,7 +12,7 @@ from ttame_jax.preprocessing import Preprocessing
 
 SMALL = Preprocessing(image_size=8, resize_size=10)
 
-KILLED = """
+STARTED = """
 import multiprocessing, os, sys
 sys.path.insert(0, "tests/data")
 from data_helpers import Pictures
@@ -26,7 +26,7 @@ for child in multiprocessing.active_children():
 
 
 def test_workers_end_when_their_parent_is_killed():
-    script = KILLED + "os.kill(os.getpid(), 9)"
+    script = STARTED + "os.kill(os.getpid(), 9)"
     pids = [int(pid) for pid in run_python(script, check=False).stdout.split()]
     assert len(pids) == 1
     deadline = time.monotonic() + 20
@@ -37,7 +37,7 @@ def test_workers_end_when_their_parent_is_killed():
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs /dev/shm")
 def test_a_killed_process_group_leaves_no_shared_memory():
-    script = "import os; os.setsid()\n" + KILLED
+    script = "import os; os.setsid()\n" + STARTED
     script += "maps = open('/proc/self/maps').read().split()\n"
     script += "print(*{word for word in maps if word.startswith('/dev/shm/')}, flush=True)\n"
     script += "os.killpg(0, 9)"
@@ -49,11 +49,19 @@ def test_a_killed_process_group_leaves_no_shared_memory():
         time.sleep(0.1)
 
 
-def test_a_dead_worker_is_an_error():
-    script = KILLED + "os.kill(multiprocessing.active_children()[0].pid, 9)\n"
+def test_workers_survive_signals_to_their_group_and_a_dead_one_is_an_error():
+    script = "import os; os.setsid()\n" + STARTED
+    script += "import signal\n"
+    script += "for number in (signal.SIGINT, signal.SIGTERM):\n"
+    script += "    signal.signal(number, lambda *_: None)\n"
+    script += "    os.killpg(0, number)\n"
+    script += "for _ in range(20): next(batches)\n"
+    script += "print('alive')\n"
+    script += "os.kill(multiprocessing.active_children()[0].pid, 9)\n"
     script += "for _ in range(100): next(batches)"
     result = run_python(script, check=False)
-    assert result.returncode == 1
+    assert result.stdout.splitlines()[-1] == "alive", result.stderr
+    assert result.returncode == 1 and result.stderr.count("Traceback") == 1
     assert "Failure: an input worker has died" in result.stderr.splitlines()[-1]
 
 

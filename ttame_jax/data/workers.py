@@ -5,6 +5,7 @@ import multiprocessing.util
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -127,7 +128,7 @@ def prefetched(dataset: grain.MapDataset, workers: int, size: int) -> Prefetched
     batches = grain.experimental.WithOptionsIterDataset(batches, options)
     batches = batches.mp_prefetch(
         grain.MultiprocessingOptions(workers, per_worker_buffer_size=_PREFETCH),
-        worker_init_fn=_end_with_parent,
+        worker_init_fn=_start_worker,
     )
     return Prefetched(lambda: iter(batches), watched=workers > 0)
 
@@ -172,8 +173,14 @@ def _start_resource_tracker() -> None:
         multiprocessing.util.spawnv_passfds = usual
 
 
-def _end_with_parent(worker_index: int, worker_count: int):
-    """Ends this worker when its parent dies, even by SIGKILL: Grain's workers would wait forever."""
+def _start_worker(worker_index: int, worker_count: int):
+    """Ends this worker with its parent and not before.
+
+    Grain's workers would wait forever for a parent that SIGKILL has ended. Signals to the whole
+    process group, such as Ctrl-C, are the parent's to answer: it stops its workers itself.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def watch():
         # pyrefly: ignore[missing-attribute]  # a worker has a parent
