@@ -61,7 +61,7 @@ def test_workers_survive_signals_to_their_group_and_a_dead_one_is_an_error():
     script += "for _ in range(100): next(batches)"
     result = run_python(script, check=False)
     assert result.stdout.splitlines()[-1] == "alive", result.stderr
-    assert result.returncode == 1 and result.stderr.count("Traceback") == 1
+    assert result.returncode == 1 and "KeyboardInterrupt" not in result.stderr
     assert "Failure: an input worker has died" in result.stderr.splitlines()[-1]
 
 
