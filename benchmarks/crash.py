@@ -39,14 +39,20 @@ from ttame_jax.runs import CHECKPOINT_FOLDER, load_run
 from ttame_jax.weights.transfer import digest
 
 ROOT = Path(__file__).parents[1]
-SIZES = {
-    "image_size": 32,
-    "patch_size": 8,
-    "width": 32,
-    "depth": 3,
-    "num_heads": 2,
-    "num_classes": 5,
-}
+SIZES = [
+    "image_size",
+    "32",
+    "patch_size",
+    "8",
+    "width",
+    "32",
+    "depth",
+    "3",
+    "num_heads",
+    "2",
+    "num_classes",
+    "5",
+]
 VARYING = ("seconds_per_image", "images_per_second", "waiting", "digest")
 """Keys of JSON files that differ from run to run."""
 
@@ -62,11 +68,10 @@ def folder_of_images(folder: Path) -> None:
 
 
 def train(place: Path, output: Path) -> None:
-    sizes = [str(word) for pair in SIZES.items() for word in pair]
     words = ["--backbone", "vit", "--weights", "None", "--dataset", f"folder:{place / 'images'}"]
     words += ["--epochs", "2", "--batch-size", "8", "--validation-images", "16", "--workers", "0"]
     words += ["--log-every", "1", "--checkpoint-every", "3", "--output", str(output / "run")]
-    cli.main(["train", *words, "--backbone-config", *sizes])
+    cli.main(["train", *words, "--backbone-config", *SIZES])
 
 
 def evaluate(place: Path, output: Path) -> None:

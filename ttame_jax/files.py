@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import jax
 import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy, and so with safetensors
 import numpy as np
 from etils import epath
@@ -149,7 +150,8 @@ LOCK = ".lock"
 def locked(output: PathLike, folder: bool = True) -> Iterator[None]:
     """Keeps other processes from writing to the same output while the body runs.
 
-    Objects in buckets have no locks. On a file system without locks, a message says so.
+    Of several processes of one run, the first one holds the lock. Objects in buckets have no locks.
+    On a file system without locks, a message says so.
 
     Args:
       output: a folder or file; its folder is created.
@@ -158,7 +160,7 @@ def locked(output: PathLike, folder: bool = True) -> Iterator[None]:
     Raises:
       Failure: another process writes to it.
     """
-    if in_bucket(output):
+    if in_bucket(output) or jax.process_index() > 0:
         yield
         return
     output = Path(output)
@@ -257,7 +259,8 @@ def read_safetensors(path: PathLike) -> tuple[Tensors, dict[str, str]]:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise Damaged(f"{path} is not a safetensors file: {error}") from None
-    if metadata.pop(DIGEST, None) not in (None, _digest_of(tensors, metadata)):
+    written = metadata.pop(DIGEST, None)  # None in another program's file
+    if written is not None and written != _digest_of(tensors, metadata):
         raise Damaged(f"{path} is damaged: its content is not what was written")
     return tensors, metadata
 

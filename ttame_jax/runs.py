@@ -99,13 +99,16 @@ def load_config(run_dir: str | Path) -> TrainConfig:
         )
     try:
         fields = json.loads(path.read_text())
-        fields.pop(INPUTS, None)
+        for name in (INPUTS, "output"):
+            fields.pop(name, None)
         loss = LossConfig(**_typed(fields.pop("loss"), LossConfig))
         listed = fields.pop("validation_list", None)
-        listed = None if listed is None else epath.Path(listed)
-        fields = _typed(fields | {"output": Path()}, TrainConfig)
-        fields |= {"output": epath.Path(run_dir), "loss": loss, "validation_list": listed}
-        return TrainConfig(**fields)
+        built: dict[str, Any] = {
+            "output": epath.Path(run_dir),
+            "loss": loss,
+            "validation_list": None if listed is None else epath.Path(listed),
+        }
+        return TrainConfig(**_typed(fields, TrainConfig), **built)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Damaged(
             f"{path} is damaged, or was written by another version: "

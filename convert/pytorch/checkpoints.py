@@ -67,17 +67,17 @@ def _check_zip(path: Path) -> None:
     """Checks sizes and checksums of a zip file, as `torch.save` writes it. PyTorch does not."""
     if not zipfile.is_zipfile(path):
         return  # an older format, or damaged: torch.load tells
+    size = os.path.getsize(path)
     try:
         with zipfile.ZipFile(path) as file:
             declared = sum(entry.file_size for entry in file.infolist())
             # `torch.save` does not compress, so compressed or overlapping data are not its own.
-            damaged = file.testzip() if declared <= os.path.getsize(path) else None
+            damaged = file.testzip() if declared <= size else None
     except Exception as error:  # noqa: BLE001  zipfile and zlib raise many types
         raise Damaged(f"{path} is not a plain checkpoint: {_reason(error)}") from None
-    if declared > os.path.getsize(path):
+    if declared > size:
         raise Damaged(
-            f"{path} holds {os.path.getsize(path):,} bytes and declares {declared:,}: torch.save did "
-            "not write it"
+            f"{path} holds {size:,} bytes and declares {declared:,}: torch.save did not write it"
         )
     if damaged:
         raise Damaged(f"{path} is damaged: {damaged} does not match its checksum")

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from ttame_jax.convert.pytorch.checkpoints import read_torch
 from ttame_jax.convert.verify import verify
 from ttame_jax.errors import Damaged
+from ttame_jax.files import read_safetensors
 from ttame_jax.preprocessing import Preprocessing
 from ttame_jax.weights import load_backbone, save_backbone
 from ttame_jax.weights.transfer import parameters, to_torch
@@ -383,6 +384,18 @@ def test_saved_tensors_are_readable_by_their_path(tmp_path, backbone):
     tensors = load_file(tmp_path / "own.safetensors")
     assert tensors["layers.1.0.downsample.conv.kernel"].shape == (1, 1, 16, 32)
     assert tensors.keys() == parameters(backbone).keys()
+
+
+def test_files_of_other_programs_are_not_digested(tmp_path, backbone, monkeypatch):
+    own, other = tmp_path / "own.safetensors", tmp_path / "other.safetensors"
+    save_backbone(backbone, own)
+    save_file(load_file(own), other)
+    digested = []
+    monkeypatch.setattr("ttame_jax.files._digest_of", lambda *_: digested.append(1) or "other")
+    read_safetensors(other)
+    assert not digested
+    with pytest.raises(Damaged):
+        read_safetensors(own)
 
 
 def test_what_needs_pytorch_says_so(without_torch, tmp_path):

@@ -16,7 +16,7 @@ from launch import wait_for_steps
 from tiny import TINY
 
 from ttame_jax.config import TrainConfig
-from ttame_jax.errors import Failure, one_line_errors
+from ttame_jax.errors import Damaged, Failure, one_line_errors
 from ttame_jax.experiments.train import train
 from ttame_jax.files import locked
 from ttame_jax.losses import LossConfig
@@ -291,6 +291,14 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_it(config, monkeypatch):
 def test_an_impossible_rate_is_reported_and_not_done(config):
     with pytest.raises(Diverged, match="training diverged: .* lower --learning-rate"):
         train(dataclasses.replace(config, learning_rate=1e30))
+
+
+@pytest.mark.filterwarnings("ignore:skipping")
+def test_unreadable_validation_images_are_not_taken_for_divergence(config, own_pictures):
+    for path in (own_pictures / "validation").iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(Damaged, match="10 of 10 images .* are unreadable"):
+        train(dataclasses.replace(config, dataset=f"folder:{own_pictures}"))
 
 
 def test_a_second_ctrl_c_ends_at_once():

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -55,12 +54,11 @@ class Prefetched:
     that is an error.
     """
 
-    def __init__(self, start: Callable[[], grain.DatasetIterator], watched: bool):
-        self._watched = watched
+    def __init__(self, iterator: grain.DatasetIterator, watched: bool):
+        self._iterator, self._watched = iterator, watched
         self._others = set(multiprocessing.active_children())
         self._workers = set()
         self._dead = False
-        self._iterator = start()
         self._iterator.start_prefetch()
 
     def __next__(self) -> Any:
@@ -130,7 +128,7 @@ def prefetched(dataset: grain.MapDataset, workers: int, size: int) -> Prefetched
         grain.MultiprocessingOptions(workers, per_worker_buffer_size=_PREFETCH),
         worker_init_fn=_start_worker,
     )
-    return Prefetched(lambda: iter(batches), watched=workers > 0)
+    return Prefetched(iter(batches), watched=workers > 0)
 
 
 def _fits_in_shared_memory(needed: int) -> bool:

@@ -1,6 +1,5 @@
 """`ttame compare`: explanation methods side by side on one backbone (Tables II to V, Fig. 15)."""
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -83,7 +82,7 @@ def compare(config: CompareConfig) -> dict[str, dict]:
     """
     check_output_folder(config.output)
     comparison = Comparison(config)
-    with locked(config.output) if jax.process_index() == 0 else contextlib.nullcontext():
+    with locked(config.output):
         return _evaluate_and_write(comparison)
 
 

@@ -1,6 +1,5 @@
 """`ttame evaluate`: evaluates the maps of an explanation method and writes the figures as JSON."""
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -177,12 +176,11 @@ class EvaluationSetup:
             batch_size=options.batch_size,
             seed=options.seed,
         )
-        first = jax.process_index() == 0
-        with locked(output, folder=False) if first else contextlib.nullcontext():
+        with locked(output, folder=False):
             resumable = ResumableRows(output, settings)
             wanted = self.indices if indices is None else indices
             rows, seconds = resumable.collect(evaluator, wanted)
-            if not first:
+            if jax.process_index() > 0:
                 return {}
             figures = {
                 "images": len(rows["index"]),

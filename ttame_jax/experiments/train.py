@@ -4,6 +4,7 @@ from flax import nnx
 
 from ttame_jax.config import TrainConfig
 from ttame_jax.data import load_source, select
+from ttame_jax.errors import Damaged
 from ttame_jax.methods import TTAME
 from ttame_jax.metrics.evaluation import Evaluator
 from ttame_jax.training.loop import Diverged, Trainer, Validate
@@ -47,6 +48,8 @@ def make_validate(trainer: Trainer) -> Validate | None:
         whole = nnx.State({"backbone": trainer.backbone_state, "attention": attention})
         try:
             return evaluator.figures(whole)
+        except Damaged:  # images
+            raise
         except ValueError as error:  # finite parameters may give maps that are not
             raise Diverged(
                 f"training diverged: in validation, {error}. Choose a lower --learning-rate and "

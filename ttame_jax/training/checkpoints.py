@@ -21,7 +21,7 @@ from ttame_jax.runs import (
 from ttame_jax.training.step import TrainState
 
 LAST_KEPT = 2
-LEAST_SPACE = 2**20
+OVERHEAD = 2**20
 """Bytes that a checkpoint needs besides its arrays."""
 
 
@@ -74,7 +74,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         items = {**_arrays(state), "data": dict(data)}
-        check_space(self._manager.directory / str(step), LEAST_SPACE + _size(items))
+        check_space(self._manager.directory / str(step), OVERHEAD + _size(items))
         arguments = ocp.args.Composite(
             attention=ocp.args.StandardSave(items["attention"]),
             optimizer=ocp.args.StandardSave(items["optimizer"]),

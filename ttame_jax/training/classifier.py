@@ -1,7 +1,8 @@
 """Trains a small classifier on labelled images, for data sets without a published one."""
 
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,35 +63,37 @@ def train_classifier(
     params = jax.tree.map(jnp.copy, params)  # the step donates its copy
     opt_state = optimizer.init(params)
     step_fn = jax.jit(_make_step(graph, rest, optimizer, shift), donate_argnums=(0, 1))
-    rng, key = np.random.default_rng(seed), jax.random.key(seed)
-    first, (params, opt_state) = _restored(checkpoint, (params, opt_state))
+    key = jax.random.key(seed)
+    done, (params, opt_state) = _restored(checkpoint, (params, opt_state))
+    batches = _batches(len(images), batch_size, epochs, seed)
     bar = tqdm(
         total=epochs * steps_per_epoch,
-        initial=first,
+        initial=done,
         desc=f"training {backbone.name}",
         unit="step",
     )
     with bar, preemption() as preempted:
-        for epoch in range(epochs):
-            order = rng.permutation(len(images))[: steps_per_epoch * batch_size]
-            steps = range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
-            for step, chosen in zip(steps, order.reshape(steps_per_epoch, batch_size)):
-                if step < first:
-                    continue
-                step_key = jax.random.fold_in(key, step)
-                params, opt_state = step_fn(
-                    params, opt_state, images[chosen], labels[chosen], step_key
-                )
-                bar.update()
-                stop = preempted(step)
-                if checkpoint and (stop or step == steps[-1]):
-                    _save(checkpoint, step + 1, (params, opt_state))
-                if stop:
-                    return False
+        for step, chosen in enumerate(itertools.islice(batches, done, None), start=done):
+            step_key = jax.random.fold_in(key, step)
+            params, opt_state = step_fn(params, opt_state, images[chosen], labels[chosen], step_key)
+            bar.update()
+            stop = preempted(step)
+            if checkpoint and (stop or (step + 1) % steps_per_epoch == 0):
+                _save(checkpoint, step + 1, (params, opt_state))
+            if stop:
+                return False
     nnx.update(backbone, params)
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
     return True
+
+
+def _batches(images: int, batch_size: int, epochs: int, seed: int) -> Iterator[np.ndarray]:
+    """The indices of the images of each step; every epoch has an order of its own."""
+    rng = np.random.default_rng(seed)
+    for _ in range(epochs):
+        order = rng.permutation(images)
+        yield from order[: images - images % batch_size].reshape(-1, batch_size)
 
 
 def _save(path: Path, step: int, state: Any) -> None:

@@ -122,7 +122,7 @@ class Trainer:
         state = self._initial_state(plan)
         with (
             contextlib.closing(self._batches()) as batches,
-            self._lock(),
+            locked(config.output),
             Checkpoints(config) as checkpoints,
             preemption() as preempted,
         ):
@@ -165,10 +165,6 @@ class Trainer:
                         return step == plan.total_steps
             say(f"done: ttame explain IMAGE --run {config.output} --output DIR")
         return True
-
-    def _lock(self) -> contextlib.AbstractContextManager:
-        first = jax.process_index() == 0
-        return locked(self.config.output) if first else contextlib.nullcontext()
 
     def _diverged(self, step: int, rate: jax.Array, saved: int | None) -> Diverged:
         last = f"the last good checkpoint is of step {saved}" if saved else "nothing was saved"
