@@ -41,11 +41,25 @@ def test_every_way_to_ask_for_classes_gives_the_same_maps(explainer):
     np.testing.assert_allclose(everything.probabilities.sum(1), 1, rtol=1e-5)
     two = explainer(IMAGES, 2)
     np.testing.assert_allclose(two.maps[:, 0], everything.maps[:, 2], atol=1e-5)
+    for same in ([2, 4], np.array([2, 4]), ["2", 4]):
+        listed = explainer(IMAGES, same)
+        np.testing.assert_array_equal(listed.classes, [[2, 4]] * 3)
+        np.testing.assert_allclose(listed.maps[:, 1], everything.maps[:, 4], atol=1e-5)
     own = explainer(IMAGES, np.array([[4, 0], [1, 1], [3, 2]]))
     np.testing.assert_allclose(own.maps[2, 1], everything.maps[2, 2], atol=1e-5)
     top = explainer(IMAGES, "top3")
     order = np.argsort(-np.asarray(everything.probabilities), axis=1)[:, :3]
     np.testing.assert_array_equal(top.classes, order)
+
+
+def test_classes_are_given_by_name(explainer):
+    named = Explainer(explainer.method, ["cat", "dog", "cow", "hen", "small dog"])
+    np.testing.assert_array_equal(named(IMAGES, "Dog").maps, explainer(IMAGES, 1).maps)
+    np.testing.assert_array_equal(named(IMAGES, ["hen", 0]).classes, [[3, 0]] * 3)
+    with pytest.raises(ValueError, match="no class 'dogs': did you mean dog"):
+        named(IMAGES, "dogs")
+    with pytest.raises(ValueError, match="2 class names for 5 classes"):
+        Explainer(explainer.method, ["cat", "dog"])
 
 
 def test_maps_are_scaled_before_the_sigmoid(explainer):
@@ -67,8 +81,11 @@ def test_maps_are_scaled_before_the_sigmoid(explainer):
         (IMAGES, -1, "classes must lie in 0 to 4"),
         (IMAGES, np.zeros((2, 1), int), r"B = 3, not int64 \[2, 1\]"),
         (IMAGES, 1.5, "not float64"),
-        (IMAGES, "top9", "'top5' \\(up to 'top5'\\)"),
-        (IMAGES, "best", "classes 'best': use 'all'"),
+        (IMAGES, "top9", "classes 'top9': use up to 'top5'"),
+        (IMAGES, "best", "no names, so 'best' is unknown: give ids \\(0 to 4\\), all, top5"),
+        (IMAGES, ["cat", 2], "'cat' is unknown"),
+        (IMAGES, [2, 9], "classes must lie in 0 to 4"),
+        (IMAGES, "7", "no class 7: class ids are 0 to 4"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(explainer, images, classes, message):

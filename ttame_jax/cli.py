@@ -12,47 +12,21 @@ from etils import epath
 
 from ttame_jax.config import TrainConfig, preset
 from ttame_jax.convert.commands import convert
-from ttame_jax.data.transforms import MAX_PIXELS
 from ttame_jax.errors import one_line_errors
 from ttame_jax.experiments.compare import CompareConfig, compare
 from ttame_jax.experiments.evaluate import EvaluateConfig, evaluate
+from ttame_jax.experiments.explain import ExplainConfig, explain_files
 from ttame_jax.experiments.lr_find import Grid, lr_find
 from ttame_jax.experiments.train import train
-from ttame_jax.methods import list_methods
 from ttame_jax.startup import Processes, joined, use_compilation_cache
 
 
-def explain(
-    images: tyro.conf.Positional[tuple[Path, ...]],
-    *,
-    run: Path,
-    output: Path,
-    classes: str = "predicted",
-    method: Annotated[
-        str | None,
-        tyro.conf.arg(
-            help=f"Method to explain with: {', '.join(list_methods())}, or None for the run's own."
-        ),
-    ] = None,
-    weights: str | None = None,
-    max_pixels: int = MAX_PIXELS,
-) -> None:
-    """Explain images with a trained run, or with another method on its backbone.
+def explain(config: Annotated[ExplainConfig, tyro.conf.arg(name="")]) -> None:
+    """Explain images with a trained run, or with a method that needs no training.
 
-    Writes NAME.png (the image, and an overlay of each map) and NAME.npz (maps, classes,
-    probabilities) for every image.
-
-    Args:
-      images: Image files.
-      run: Folder of the run, as ttame train wrote it.
-      output: Folder for the results.
-      classes: Classes to explain: predicted, top5 (or another number), or class ids as 3,17.
-      weights: Weights of the backbone, if they are no longer where the run found them.
-      max_pixels: Images with more pixels are refused.
+    Writes NAME.png (a picture) and NAME.npz (maps, classes, probabilities, labels) for every image.
     """
-    from ttame_jax.experiments.explain import explain_files
-
-    explain_files(images, run, output, classes, method, weights, max_pixels)
+    explain_files(config)
 
 
 def _evaluate(

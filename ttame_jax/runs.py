@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
 
+from ttame_jax import labels
 from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import Backbone
 from ttame_jax.checks import accepts
@@ -66,7 +67,11 @@ def load_run(run_dir: str | Path, weights: str | None = None) -> Run:
 
 
 def load_explainer(
-    run_dir: str | Path, weights: str | None = None, method: str | None = None
+    run_dir: str | Path,
+    weights: str | None = None,
+    method: str | None = None,
+    method_config: Mapping[str, int | str] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Explainer:
     """Loads the explainer that a training run produced, at its best checkpoint.
 
@@ -75,13 +80,24 @@ def load_explainer(
       weights: of the backbone, if they are no longer where the run found them.
       method: another method to explain the run's backbone with, one of
         `ttame_jax.methods.list_methods()`.
+      method_config: options of the method, as for `ttame_jax.load_method`.
+      class_names: one for each class; None is those of the run.
 
     Raises:
       FileNotFoundError: the folder is not a run, or has no checkpoint yet.
-      ValueError: unknown method.
+      ValueError: unknown method, or not one name for each class.
     """
     run = load_run(run_dir, weights)
-    return Explainer(load_method(method or run.config.variant, run.backbone, run.attention))
+    loaded = load_method(
+        method or run.config.variant, run.backbone, run.attention, **(method_config or {})
+    )
+    return Explainer(loaded, class_names or load_class_names(run_dir))
+
+
+def load_class_names(run_dir: str | Path) -> tuple[str, ...] | None:
+    """The class names of a run, or None if it has none."""
+    path = epath.Path(run_dir) / labels.FILE
+    return labels.read_names(path) if path.is_file() else None
 
 
 def load_config(run_dir: str | Path) -> TrainConfig:

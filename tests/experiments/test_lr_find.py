@@ -51,7 +51,8 @@ def trained(monkeypatch):
 
 
 def measured(run):
-    return [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["epoch"]]
 
 
 def test_table_and_plot_show_every_rate_and_epoch(finished):

@@ -80,11 +80,13 @@ def test_a_run_writes_what_it_promises(config, capfd):
     }
     assert all(0 <= line["waiting"] <= 1 for line in logged)
     measured = lines(config.output / "validation.jsonl")
-    assert [(line["epoch"], line["step"]) for line in measured] == [(1, 4), (2, 8), (3, 12)]
+    epochs = [(line["epoch"], line["step"]) for line in measured]
+    assert epochs == [(0, 0), (1, 4), (2, 8), (3, 12)]  # 0 is before training
     assert {"AD_100", "IC_100", "AD_50", "IC_50", "AD_15", "IC_15"} < set(measured[0])
     assert list((config.output / "tensorboard").glob("events*"))
     said = capfd.readouterr().err
     assert "starting: 8 x cpu, vit frozen, 3,845 trained parameters, 64 images, 12 steps" in said
+    assert f"before training: AD_100 {measured[0]['AD_100']:.1f}" in said
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(config, tmp_path):
@@ -100,7 +102,7 @@ def test_the_best_checkpoint_is_kept_and_loaded(config):
     config = dataclasses.replace(config, epochs=6)
     train(config)
     measured = lines(config.output / "validation.jsonl")
-    best = max(measured, key=lambda line: line["IC_15"] - line["AD_15"])["step"]
+    best = max(measured[1:], key=lambda line: line["IC_15"] - line["AD_15"])["step"]
     kept = {int(path.name) for path in (config.output / "checkpoints").iterdir()}
     assert kept == {best, 20, 24}
     attention = build_attention(config, build_backbone(config))

@@ -64,11 +64,13 @@ class Backbone(nnx.Module):
       prefix_tokens: number of tokens before the patches in the outputs of a transformer's layers.
       rise_masks: number of masks that RISE's authors use for classifiers of this kind.
       min_size: smallest height and width of an input, in pixels.
+      any_size: whether inputs may have another size than that of `preprocessing`.
     """
 
     masking: ClassVar[Masking] = "pixel"
     feature_kinds: ClassVar[tuple[str, ...]] = ()
     rise_masks: ClassVar[int] = 8000
+    any_size: ClassVar[bool] = True
     prefix_tokens: int = 0
     min_size: int = 1
     feature_layers: tuple[str, ...]

@@ -121,6 +121,7 @@ class ViT(Backbone):
     """
 
     masking = "standardised"
+    any_size = False
     feature_kinds = ("block", "norm")
     architecture: Architecture
 

@@ -21,7 +21,7 @@ from ttame_jax.files import digest, in_bucket
 
 _STAND_INS = {"validation": ("validation", "val", "test")}
 _SPLIT_FOLDERS = ("train", "validation", "val", "test")
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _NAME_FEATURES = ("file_name", "filename", "image/filename", "id")
 
 
@@ -240,10 +240,10 @@ class FolderSource(Source):
         names = sorted(
             path.relative_to(root).as_posix()
             for path in root.rglob("*")
-            if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith(".")
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
         )
         if not names:
-            raise ValueError(f"no images in {root} ({', '.join(sorted(_IMAGE_SUFFIXES))})")
+            raise ValueError(f"no images in {root} ({', '.join(sorted(IMAGE_SUFFIXES))})")
         classes = sorted({name.partition("/")[0] for name in names if "/" in name})
         self.class_names = classes or None
         self._labels = {name: label for label, name in enumerate(classes)}

@@ -73,7 +73,7 @@ def random_crop(
     image: Image.Image, preprocessing: Preprocessing, rng: np.random.Generator, flip: bool = True
 ) -> np.ndarray:
     """Returns what `training_image` does, for a decoded image."""
-    width, height = _resized_size(image.size, preprocessing)
+    width, height = resized_size(image.size, preprocessing)
     size = preprocessing.image_size
     left = rng.integers(width - size, endpoint=True)
     top = rng.integers(height - size, endpoint=True)
@@ -88,11 +88,11 @@ def evaluation_image(encoded: bytes, preprocessing: Preprocessing) -> np.ndarray
 
 def centre_crop(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """Returns what `evaluation_image` does, for a decoded image."""
-    resized = _resized_size(image.size, preprocessing)
-    left, top = _centre_corner(resized, preprocessing)
+    resized = resized_size(image.size, preprocessing)
+    left, top = centre_corner(resized, preprocessing)
     if math.prod(resized) > _LARGEST_RESIZED:  # of a very long image, only the crop is resized
         return _resized_part(image, resized, (left, top), preprocessing)
-    image = image.resize(resized, _filter(preprocessing))
+    image = image.resize(resized, resampling(preprocessing))
     size = preprocessing.image_size
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
@@ -107,7 +107,7 @@ def _resized_part(
     (width, height), (left, top), size = resized, corner, preprocessing.image_size
     across, down = image.width / width, image.height / height  # pixels of `image` per resized one
     box = (left * across, top * down, (left + size) * across, (top + size) * down)
-    return np.asarray(image.resize((size, size), _filter(preprocessing), box))
+    return np.asarray(image.resize((size, size), resampling(preprocessing), box))
 
 
 def inside_boxes(
@@ -120,8 +120,8 @@ def inside_boxes(
       image_size: width and height of the whole image in pixels.
       preprocessing: the backbone's, with its centre crop of S pixels.
     """
-    resized = _resized_size(image_size, preprocessing)
-    corner = _centre_corner(resized, preprocessing)
+    resized = resized_size(image_size, preprocessing)
+    corner = centre_corner(resized, preprocessing)
     size = preprocessing.image_size
     across, down = (  # of the pixels' centres, as fractions of the whole image
         (start + np.arange(size) + 0.5) / length for start, length in zip(corner, resized)
@@ -151,12 +151,22 @@ def preprocess(
       FileNotFoundError: the file does not exist.
       UnreadableImage: the file is not an image, or the image is damaged or too large.
     """
+    return centre_crop(open_picture(image, max_pixels), preprocessing)
+
+
+def open_picture(
+    image: str | os.PathLike | Image.Image, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """Returns a picture in RGB, rotated by its EXIF orientation.
+
+    Arguments and errors are those of `preprocess`.
+    """
     if isinstance(image, Image.Image):
         _check_pixels(image, max_pixels)
-        return centre_crop(_to_rgb(ImageOps.exif_transpose(image)), preprocessing)
+        return _to_rgb(ImageOps.exif_transpose(image))
     try:
         with Image.open(image) as opened:
-            return preprocess(opened, preprocessing, max_pixels)
+            return open_picture(opened, max_pixels)
     except FileNotFoundError:
         raise
     except Exception as error:  # see decode
@@ -183,18 +193,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+def resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
     """Width and height of an image after its shortest side is resized."""
     short, target = min(size), preprocessing.resize_size
     width, height = (target if side == short else int(target * side / short) for side in size)
     return width, height
 
 
-def _centre_corner(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+def centre_corner(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
     """Left and top of the centre crop. Python's `round`, to even, as in torchvision."""
     left, top = (round((side - preprocessing.image_size) / 2) for side in size)
     return left, top
 
 
-def _filter(preprocessing: Preprocessing) -> Image.Resampling:
+def resampling(preprocessing: Preprocessing) -> Image.Resampling:
     return Image.Resampling[preprocessing.interpolation.upper()]

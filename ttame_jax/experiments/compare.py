@@ -18,6 +18,7 @@ from ttame_jax.data import evaluation_batches, thin
 from ttame_jax.errors import Damaged, Failure
 from ttame_jax.experiments import tables
 from ttame_jax.experiments.arguments import Names
+from ttame_jax.experiments.cost import estimate, is_slow
 from ttame_jax.experiments.curves import curves
 from ttame_jax.experiments.evaluate import (
     EvaluationOptions,
@@ -45,6 +46,8 @@ class CompareConfig(EvaluationOptions):
     methods: Annotated[
         Names, tyro.conf.arg(help=f"Methods to compare, or all: {', '.join(list_methods())}.")
     ] = ALL
+    quick: bool = False
+    """Whether to leave out methods that need more than 100 forward passes for an image."""
     method_config: dict[str, int | str] = dataclasses.field(default_factory=dict)
     """Options of methods, as METHOD.OPTION and value: rise.masks 1000 gradcam.layer blocks.10."""
     limits: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -135,11 +138,16 @@ class Comparison:
                 raise ValueError(
                     f"{flag} has unknown method {', '.join(unknown)}; there are {', '.join(known)}"
                 )
-        if self.config.methods == ALL:
-            return known
-        if unknown := [name for name in self.config.methods if name not in known]:
+        names = known if self.config.methods == ALL else list(self.config.methods)
+        if unknown := [name for name in names if name not in known]:
             raise ValueError(f"unknown method {', '.join(unknown)}; there are {', '.join(known)}")
-        return list(self.config.methods)
+        return [name for name in names if not (self.config.quick and self._is_slow(name))]
+
+    def _is_slow(self, name: str) -> bool:
+        try:
+            return is_slow(self.method(name))
+        except ValueError:  # it does not apply, which is reported when its turn comes
+            return False
 
     def method(self, name: str) -> Method:
         """The method of that name, with its options."""
@@ -158,13 +166,24 @@ class Comparison:
             return figures
         method = self.method(name)
         indices = thin(self.setup.indices, self.config.limits.get(name))
-        _say(f"{name}: {len(indices)} images, {method.forward_passes} forward passes each")
+        if is_slow(method):
+            _say(estimate(method, len(indices)))
+        else:
+            _say(f"{name}: {len(indices)} images, {method.forward_passes} forward passes each")
         return self.setup.evaluate(method, path, settings, indices)
 
     def _settings(self, name: str) -> dict:
         """The settings on which the figures of a method depend, as read back from JSON."""
         settings: dict[str, Any] = dataclasses.asdict(self.config)
-        for field in ("output", "methods", "limits", "method_config", "pictures", "batch_size"):
+        for field in (
+            "output",
+            "methods",
+            "quick",
+            "limits",
+            "method_config",
+            "pictures",
+            "batch_size",
+        ):
             del settings[field]
         own = {k: v for k, v in self.config.method_config.items() if k.startswith(f"{name}.")}
         settings |= {

@@ -14,7 +14,7 @@ from ttame_jax.experiments.train import train
 from ttame_jax.explainer import Explainer
 from ttame_jax.files import check_output_folder, locked, write_atomically
 from ttame_jax.metrics.evaluation import Evaluator, summarise
-from ttame_jax.plots import heatmap, overlay, save_image
+from ttame_jax.pictures import heatmap, overlay, save_image
 from ttame_jax.preprocessing import to_float
 from ttame_jax.runs import load_explainer
 from ttame_jax.training.classifier import accuracy, train_classifier

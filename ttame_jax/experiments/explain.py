@@ -1,67 +1,238 @@
 """`ttame explain`: explanation maps of image files, as pictures and arrays."""
 
 import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
-import numpy as np
+import tyro
+from tqdm import tqdm
 
-from ttame_jax.data import preprocess
-from ttame_jax.data.transforms import MAX_PIXELS
+from ttame_jax import pictures
+from ttame_jax.data.sources import IMAGE_SUFFIXES
+from ttame_jax.data.transforms import MAX_PIXELS, UnreadableImage, open_picture
+from ttame_jax.data.views import ViewName
+from ttame_jax.experiments.cost import estimate, is_slow
 from ttame_jax.explainer import Classes, Explainer
-from ttame_jax.files import check_output_folder, save_arrays
-from ttame_jax.plots import explanation_figure, save_figure
-from ttame_jax.preprocessing import to_float
-from ttame_jax.runs import load_explainer
+from ttame_jax.explaining import METHOD, open_explainer
+from ttame_jax.explanation import Explanation, Style
+from ttame_jax.files import check_output_folder
+from ttame_jax.labels import read_names
+from ttame_jax.methods import list_methods
+
+AHEAD = 8
+"""Pictures that are decoded, and results that are written, while another is explained."""
 
 
-def explain_files(
-    images: Sequence[Path],
-    run: Path,
-    output: Path,
-    classes: str = "predicted",
-    method: str | None = None,
-    weights: str | None = None,
-    max_pixels: int = MAX_PIXELS,
-) -> None:
-    """Writes NAME.png (the image and its overlays) and NAME.npz (an `Explanation`) per image.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExplainConfig:
+    """Images to explain, a classifier and a method."""
+
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files, or folders of them."""
+    run: Path | None = None
+    """Folder of a run, as ttame train wrote it."""
+    backbone: str | None = None
+    """Without a run: name of the classifier, such as resnet50 or timm:MODEL."""
+    weights: str | None = None
+    """Weights of the backbone: a file, torchvision, timm or timm:MODEL. The default is the run's, or
+    else the published ones."""
+    method: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help=f"Method to explain with: {', '.join(list_methods())}. The default is the run's "
+            f"own, or {METHOD} without a run."
+        ),
+    ] = None
+    classes: str = "predicted"
+    """Classes to explain: predicted, top5 (or another number), all, or ids and names, separated by
+    commas."""
+    output: Path = Path("explained")
+    """Folder for the results."""
+    view: ViewName | None = None
+    """What the classifier is shown: the whole picture, or the centre crop of its evaluation. The
+    default is whole for classifiers that take inputs of any size, and crop for others, which are
+    shown square tiles for whole."""
+    style: Style = "figure"
+    """What is drawn: a figure with all classes; or, of the first class and at the picture's size,
+    its overlay, its heatmap, or a transparent heatmap."""
+    opacity: float = pictures.OPACITY
+    """Share of the heatmap in an overlay, from 0 to 1."""
+    colour_map: str = pictures.COLOUR_MAP
+    """Colour map of Matplotlib: inferno, viridis, turbo, or jet as in the paper."""
+    class_names: Path | None = None
+    """File with one class name per line. The default is the run's, or ImageNet's for 1000 classes."""
+    backbone_config: dict[str, int | str] = dataclasses.field(default_factory=dict)
+    """Options of the backbone as name and value, such as num_classes 10."""
+    method_config: dict[str, int | str] = dataclasses.field(default_factory=dict)
+    """Options of the method as name and value, such as masks 1000 or layer blocks.10."""
+    max_pixels: int = MAX_PIXELS
+    """Images with more pixels are refused."""
+
+    def __post_init__(self):
+        if not 0 <= self.opacity <= 1:
+            raise ValueError(f"--opacity must lie in 0 to 1, not {self.opacity}")
+        if self.max_pixels < 1:
+            raise ValueError(f"--max-pixels must be at least 1, not {self.max_pixels}")
+        pictures.check_colour_map(self.colour_map)
+
+
+def explain_files(config: ExplainConfig) -> None:
+    """Writes NAME.png (a picture) and NAME.npz (the arrays of an `Explanation`) per image.
 
     NAME is the image's own name without its extension. If two results would have the same name, or
-    a result the name of one of the images, a longer name is chosen and printed.
-
-    Args:
-      images: image files.
-      run: the run's folder.
-      output: folder for the results.
-      classes: predicted, top5 (or another number), or class ids as 3,17.
-      method: a method to explain the run's backbone with; None is the run's own.
-      weights: of the backbone, if they are no longer where the run found them.
-      max_pixels: images with more pixels are refused.
+    a result the name of one of the images, a longer name is chosen and printed. Unreadable images
+    of a folder are skipped and listed at the end.
 
     Raises:
       ValueError: no image, an unknown method, or unknown classes.
       FileNotFoundError: the run or an image does not exist.
-      OSError: `output` cannot be written.
-      UnreadableImage: a file is not an image.
+      OSError: the output cannot be written.
+      UnreadableImage: a file given by name is not an image.
     """
-    check_output_folder(output)
-    stems = _output_stems(images, output)
-    wanted = _parse_classes(classes)
-    explainer = load_explainer(run, weights, method)
-    # All at once, so that a bad file is found before a slow method starts.
-    preprocessing = explainer.backbone.preprocessing
-    pictures = [preprocess(path, preprocessing, max_pixels) for path in images]
-    for picture, stem in zip(pictures, stems):
-        _explain_picture(explainer, picture, wanted, stem)
+    check_output_folder(config.output)
+    images = _find_images([Path(path) for path in config.images], config.output)
+    stems = _output_stems(images, config.output)
+    explainer = open_explainer(
+        config.run,
+        config.backbone,
+        config.weights,
+        config.method,
+        backbone_config=config.backbone_config,
+        method_config=config.method_config,
+        class_names=config.class_names and read_names(config.class_names),
+    )
+    classes = _parse_classes(config.classes, explainer)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+        # All at once, so that a bad file is found before a slow method starts.
+        for _ in threads.map(lambda path: open_picture(path, config.max_pixels), _named(config)):
+            pass
+        with _passes_shown(explainer, len(images)) as explainer:
+            skipped = _explain_all(config, explainer, classes, list(zip(images, stems)), threads)
+    for path, error in skipped:
+        print(f"skipped {path}: {error}", file=sys.stderr)
+    if len(skipped) == len(images):
+        raise UnreadableImage(f"none of the {len(images)} images can be read")
+
+
+@contextlib.contextmanager
+def _passes_shown(explainer: Explainer, images: int) -> Iterator[Explainer]:
+    """The explainer, which shows the forward passes of each image if there are many of them."""
+    method = explainer.method
+    if not is_slow(method):
+        yield explainer
+        return
+    print(estimate(method, images), file=sys.stderr)
+    total = images * method.forward_passes
+    with tqdm(total=total, unit="pass", desc=method.name, leave=False, position=1) as bar:
+        method.progress = bar.update
+        yield Explainer(method, explainer.class_names)
+
+
+def _named(config: ExplainConfig) -> list[Path]:
+    """The images that are given by name, not by their folder."""
+    return [Path(path) for path in config.images if not path.is_dir()]
+
+
+def _find_images(paths: Sequence[Path], output: Path) -> list[Path]:
+    """The image files among the paths and in the folders among them, at any depth.
+
+    Earlier results in the output folder are left out, unless that is the folder itself.
+    """
+    if not paths:
+        raise ValueError("no image given: ttame explain IMAGE... --run DIR")
+    found, results = [], Path(output).resolve()
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix.lower() in IMAGE_SUFFIXES
+            and not file.name.startswith(".")
+            and (results == path.resolve() or results not in file.resolve().parents)
+        )
+        if not inside:
+            raise ValueError(f"no images in {path} ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        found += inside
+    return found
+
+
+def _explain_all(
+    config: ExplainConfig,
+    explainer: Explainer,
+    classes: Classes,
+    work: Sequence[tuple[Path, Path]],
+    threads: concurrent.futures.Executor,
+) -> list[tuple[Path, Exception]]:
+    """Explains and writes all images; decodes and writes in threads. Returns what was skipped."""
+    skipped, several = [], len(work) > 1
+    named = set(_named(config))
+    decoded = _ahead(threads, lambda path: open_picture(path, config.max_pixels), work)
+    written = collections.deque()
+    with tqdm(total=len(work), unit="image", disable=not several) as bar:
+        for (path, stem), picture in decoded:
+            try:
+                explanation = explainer.explain_picture(
+                    picture.result(), classes, config.view, config.max_pixels
+                )
+            except (UnreadableImage, ValueError) as error:
+                if path in named:
+                    raise
+                skipped.append((path, error))
+            else:
+                written.append(threads.submit(_write, explanation, stem, config))
+                bar.write(f"{stem}.png: {', '.join(explanation.titles)}", file=sys.stdout)
+                _say_what_is_hidden(path, explanation, bar)
+            if len(written) > AHEAD:
+                written.popleft().result()
+            bar.update()
+        for result in written:
+            result.result()
+    return skipped
+
+
+def _ahead(
+    threads: concurrent.futures.Executor, decode, work: Iterable[tuple[Path, Path]]
+) -> Iterator[tuple[tuple[Path, Path], concurrent.futures.Future]]:
+    """Yields each item of work with the future of its picture, a few of which are decoded ahead."""
+    waiting: collections.deque = collections.deque()
+    for item in work:
+        waiting.append((item, threads.submit(decode, item[0])))
+        if len(waiting) > AHEAD:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _write(explanation: Explanation, stem: Path, config: ExplainConfig) -> None:
+    explanation.save(f"{stem}.npz")
+    explanation.save(
+        f"{stem}.png", style=config.style, opacity=config.opacity, colour_map=config.colour_map
+    )
+
+
+def _say_what_is_hidden(path: Path, explanation: Explanation, bar: tqdm) -> None:
+    """Says so if the classifier was shown less than half of a picture."""
+    height, width = explanation.image.shape[:2]
+    left, top, right, bottom = explanation.box
+    share = (right - left) * (bottom - top) / (height * width)
+    if share < 0.5:
+        bar.write(
+            f"{path}: the classifier was shown {share:.0%} of the picture; --view whole explains "
+            "all of it",
+            file=sys.stderr,
+        )
 
 
 def _output_stems(images: Sequence[Path], output: Path) -> list[Path]:
     """The paths of the results without extensions. No two are the same, and none is an image's."""
-    if not images:
-        raise ValueError("no image given: ttame explain IMAGE... --run DIR --output DIR")
     counts = collections.Counter(path.stem for path in images)
     taken = {_key(path) for path in images}
     stems = []
@@ -86,27 +257,11 @@ def _key(path: Path) -> str:
     return os.path.realpath(path).casefold()
 
 
-def _parse_classes(text: str) -> Classes:
-    """The argument of the explainer: None (predicted), a name, or class ids ``[1, K]``."""
+def _parse_classes(text: str, explainer: Explainer) -> Classes:
+    """The argument of the explainer: None (predicted), all or top5, or a list of ids and names."""
     if text == "predicted":
         return None
-    ids = text.split(",")
-    if not all(part.strip().isdecimal() for part in ids):
+    one_name = explainer.class_names and text in explainer.class_names  # with a comma
+    if text == "all" or text.removeprefix("top").isdecimal() or one_name:
         return text
-    if max(map(int, ids)) >= 2**31:
-        raise ValueError(f"there is no class {max(map(int, ids))}: class ids are below 2**31")
-    return np.array([ids], int)
-
-
-def _explain_picture(
-    explainer: Explainer, picture: np.ndarray, classes: Classes, stem: Path
-) -> None:
-    explanation = explainer(to_float(picture[None]), classes)
-    arrays = {
-        field.name: np.asarray(getattr(explanation, field.name)[0])
-        for field in dataclasses.fields(explanation)
-    }
-    titles = [f"class {i}: {p:.1%}" for i, p in zip(arrays["classes"], arrays["probabilities"])]
-    save_figure(explanation_figure(picture, list(arrays["maps"]), titles), f"{stem}.png")
-    save_arrays(f"{stem}.npz", **arrays)
-    print(f"{stem}.png: {', '.join(titles)}")
+    return explainer.class_ids(text.split(","))

@@ -143,7 +143,7 @@ def _figures(run: TrainConfig) -> list[dict] | None:
         raise Damaged(f"{path} is damaged: delete {run.output} to train it again") from error
     # A run is validated before its checkpoint is saved.
     saved = epath.Path(run.output) / CHECKPOINT_FOLDER / str(lines[-1]["step"])
-    return lines if saved.is_dir() else None
+    return [line for line in lines if line["epoch"]] if saved.is_dir() else None
 
 
 def _write(points: Sequence[Point], output: Path) -> None:

@@ -2,7 +2,7 @@
 
 # A method registers itself when it is imported. The order is that of the paper's tables.
 # isort: off
-from ttame_jax.methods.base import Explanation, Method, compute_maps
+from ttame_jax.methods.base import Explanations, Method, compute_maps
 from ttame_jax.methods.gradcam import GradCAM, GradCAMPlusPlus
 from ttame_jax.methods.scorecam import ScoreCAM
 from ttame_jax.methods.ablationcam import AblationCAM
@@ -19,7 +19,7 @@ __all__ = [
     "RISE",
     "TTAME",
     "AblationCAM",
-    "Explanation",
+    "Explanations",
     "GradCAM",
     "GradCAMPlusPlus",
     "Method",

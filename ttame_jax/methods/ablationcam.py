@@ -33,6 +33,7 @@ class AblationCAM(CAM, name="ablationcam", title="Ablation-CAM"):
                 beside = [jnp.broadcast_to(x, (size, *x.shape)) for x in rest]
                 return after((ablated, *beside), classes)
 
+            self.report(size)
             return jax.vmap(of_image, out_axes=1)(output, rest, classes)
 
         logits = jax.lax.map(without, jnp.arange(channels).reshape(-1, size))

@@ -21,7 +21,7 @@ Recipe = Literal["paper", "reference"]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Explanation:
+class Explanations:
     """Explanation maps of B images for K classes each."""
 
     maps: jax.Array
@@ -49,10 +49,13 @@ class Method(nnx.Module):
       name: the name on the command line.
       title: the name in tables and figures.
       backbone: the classifier to explain.
+      progress: called with a number of forward passes when a method with many of them has done
+        them; None is never.
     """
 
     name: str
     title: str
+    progress: Callable[[int], Any] | None = None
 
     def __init_subclass__(
         cls, *, name: str | None = None, title: str | None = None, **options: Any
@@ -72,6 +75,11 @@ class Method(nnx.Module):
         """
         raise NotImplementedError
 
+    def report(self, passes: int) -> None:
+        """Reports forward passes of one image to `progress`, from inside a compiled loop."""
+        if (progress := self.progress) is not None:
+            jax.debug.callback(lambda: progress(passes))
+
     @property
     def forward_passes(self) -> int:
         """Forward passes of the backbone for one explanation (FP in the paper's tables).
@@ -82,7 +90,7 @@ class Method(nnx.Module):
 
     def explain(
         self, images: jax.Array, classes: jax.Array | None = None, likeliest: int = 1
-    ) -> Explanation:
+    ) -> Explanations:
         """Classifies images and explains some of their classes.
 
         Args:
@@ -102,7 +110,7 @@ class Method(nnx.Module):
         maps = self.explain_features(images, features, classes)
         classes = jnp.broadcast_to(classes, maps.shape[:2])
         probabilities = jnp.take_along_axis(jax.nn.softmax(logits), classes, axis=1)
-        return Explanation(maps, classes, probabilities)
+        return Explanations(maps, classes, probabilities)
 
     def explain_features(
         self, images: jax.Array, features: Sequence[jax.Array], classes: jax.Array

@@ -55,6 +55,7 @@ class RISE(Method, name="rise", title="RISE"):
             masks = self.random_masks(chunk, images.shape[1:3])
             masked = masks[:, None, ..., None].astype(images.dtype) * images
             logits, _ = self.backbone(masked.reshape(-1, *images.shape[1:]))
+            self.report(size)
             probabilities = jax.nn.softmax(logits).reshape(*masked.shape[:2], -1)
             confidence = jnp.take_along_axis(probabilities, classes[None], axis=-1)
             return total + jnp.einsum("cbk,chw->bkhw", confidence, masks), None

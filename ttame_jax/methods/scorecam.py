@@ -45,6 +45,7 @@ class ScoreCAM(CAM, name="scorecam", title="Score-CAM"):
             masks = min_max_scale(self.upsample(channels, images.shape[1:3]))
             masked = masks[..., None].astype(images.dtype) * images
             logits, _ = self.backbone(masked.reshape(-1, *images.shape[1:]))
+            self.report(len(channels))
             logits = logits.reshape(*masks.shape[:2], -1)
             return jnp.take_along_axis(logits, classes[None], axis=-1)
 

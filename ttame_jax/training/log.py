@@ -75,7 +75,7 @@ class Log:
 
     def write_validation(self, step: int, epoch: int, values: dict[str, float]) -> None:
         table = ", ".join(f"{name} {value:.1f}" for name, value in values.items())
-        say(f"epoch {epoch}: {table}")
+        say(f"epoch {epoch}: {table}" if epoch else f"before training: {table}")
         self._append("validation", step, {"epoch": epoch, **values})
         self._start_interval(step)
 
@@ -93,7 +93,8 @@ class Log:
 class JsonLines:
     """A file with one JSON object per line.
 
-    Lines of steps after the resumed one are dropped. So are damaged lines, with a message.
+    Lines of steps after the resumed one are dropped, all lines if a run starts anew. So are damaged
+    lines, with a message.
     """
 
     def __init__(self, path: Path, step: int):
@@ -103,7 +104,7 @@ class JsonLines:
         steps = list(map(_step, lines))
         if damaged := [str(i) for i, of in enumerate(steps, start=1) if of is None]:
             say(f"{self.path}: damaged lines are dropped ({', '.join(damaged[:5])})")
-        kept = [line for line, of in zip(lines, steps) if of is not None and of <= step]
+        kept = [line for line, of in zip(lines, steps) if of is not None and of <= step and step]
         self._lines = [line + "\n" for line in kept]
         self._appends = not in_bucket(path)
         self._written = -math.inf

@@ -16,10 +16,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ttame_jax import labels
 from ttame_jax.config import CONFIG_FILE, TrainConfig
 from ttame_jax.data import Batches, load_source, train_batches
 from ttame_jax.errors import Failure
-from ttame_jax.files import LEAST_SPACE, check_output_folder, locked
+from ttame_jax.files import LEAST_SPACE, check_output_folder, locked, write_atomically
 from ttame_jax.mesh import AXIS, check_batch_size, data_mesh, replicate
 from ttame_jax.runs import build_attention, build_backbone, load_config, load_inputs
 from ttame_jax.training.batch_size import largest_batch
@@ -107,7 +108,7 @@ class Trainer:
         ``checkpoints/`` into the run's folder.
 
         Args:
-          validate: called after each epoch; None disables validation.
+          validate: called before the first step and after each epoch; None disables validation.
 
         Returns:
           Whether the run is finished.
@@ -134,11 +135,14 @@ class Trainer:
             first, metrics = int(state.step), None
             if jax.process_index() == 0:
                 config.save(inputs=self.inputs)
+                self._save_class_names()
             self._announce(first)
             with (
                 Feed(batches, self.mesh) as feed,
                 Log(config.output, first, plan.total_steps, feed) as log,
             ):
+                if first == 0 and validate:
+                    log.write_validation(0, 0, validate(state))
                 infinite = 0  # logged losses in a row
                 for step in range(first + 1, plan.total_steps + 1):
                     images = feed.take(running=metrics)
@@ -165,6 +169,13 @@ class Trainer:
                         return step == plan.total_steps
             say(f"done: ttame explain IMAGE --run {config.output} --output DIR")
         return True
+
+    def _save_class_names(self) -> None:
+        """Saves the data set's class names, if it has as many as the backbone has classes."""
+        names = self.source.class_names
+        if names and len(names) == self.backbone.num_classes:
+            text = "".join(f"{name}\n" for name in labels.readable(names))
+            write_atomically(self.config.output / labels.FILE, text)
 
     def _diverged(self, step: int, rate: jax.Array, saved: int | None) -> Diverged:
         last = f"the last good checkpoint is of step {saved}" if saved else "nothing was saved"

@@ -1,0 +1,90 @@
+"""What a classifier is shown of a picture of any size."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from ttame_jax.data.transforms import centre_corner, centre_crop, resampling, resized_size
+from ttame_jax.preprocessing import Preprocessing
+
+ViewName = Literal["whole", "crop"]
+"""The whole picture, or the centre crop that the classifier was evaluated with."""
+
+STRIDE = 32
+"""Sides of a whole view are multiples of this, the largest stride of a CNN."""
+
+MOST_ELONGATED = 8
+"""Largest ratio of the sides of a picture that is shown as a whole."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A part of a picture, resized for a classifier.
+
+    Attributes:
+      pixels: uint8 [h, w, 3].
+      box: left, top, right and bottom of the part, in pixels of the picture.
+    """
+
+    pixels: np.ndarray
+    box: tuple[float, float, float, float]
+
+
+def crop_view(picture: Image.Image, preprocessing: Preprocessing) -> View:
+    """The centre crop of an RGB picture, as in evaluation."""
+    width, height = resized_size(picture.size, preprocessing)
+    across, down = picture.width / width, picture.height / height
+    left, top = centre_corner((width, height), preprocessing)
+    size = preprocessing.image_size
+    box = (left * across, top * down, (left + size) * across, (top + size) * down)
+    return View(centre_crop(picture, preprocessing), box)
+
+
+def whole_view(picture: Image.Image, preprocessing: Preprocessing) -> View:
+    """A whole RGB picture at the scale of evaluation, its sides rounded to multiples of `STRIDE`.
+
+    Rounding limits the number of different sizes, each of which needs a program of its own.
+
+    Raises:
+      ValueError: the picture is too elongated.
+    """
+    _check_elongation(picture)
+    short = min(picture.size)
+    width, height = (
+        STRIDE * max(math.floor(preprocessing.resize_size * side / short / STRIDE + 0.5), 1)
+        for side in picture.size
+    )
+    resized = picture.resize((width, height), resampling(preprocessing))
+    return View(np.asarray(resized), (0, 0, picture.width, picture.height))
+
+
+def tiles(picture: Image.Image, preprocessing: Preprocessing) -> list[View]:
+    """Squares that cover a whole RGB picture, evenly spaced along its longer side.
+
+    Their side is the picture's shorter one. Neighbours overlap by less than a half, unless two
+    cover the picture.
+
+    Raises:
+      ValueError: the picture is too elongated.
+    """
+    _check_elongation(picture)
+    short, long = sorted(picture.size)
+    count, size = math.ceil(long / short), preprocessing.image_size
+    views = []
+    for start in np.linspace(0, long - short, count).tolist():
+        corner = (start, 0.0) if picture.width == long else (0.0, start)
+        box = (*corner, corner[0] + short, corner[1] + short)
+        pixels = np.asarray(picture.resize((size, size), resampling(preprocessing), box))
+        views.append(View(pixels, box))
+    return views
+
+
+def _check_elongation(picture: Image.Image) -> None:
+    if max(picture.size) > MOST_ELONGATED * min(picture.size):
+        raise ValueError(
+            f"a picture of {picture.width}x{picture.height} pixels is too elongated to be shown as "
+            f"a whole: crop it, or choose the centre crop (--view crop)"
+        )
