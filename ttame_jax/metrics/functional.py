@@ -1,0 +1,235 @@
+"""The metrics as functions of arrays, for any classifier and any maps.
+
+    from ttame_jax.metrics import functional
+
+    functional.average_drop(predict, images, maps)  # {"100": 12.3, "50": 20.1, "15": 51.0}
+
+`predict` is any function of images `[B, H, W, 3]` in [0, 1] that returns probabilities
+`[B, num_classes]`: of JAX arrays, or one that needs NumPy arrays, as other frameworks do.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ttame_jax.masking import upsample
+from ttame_jax.metrics.base import Sample, load_metrics
+from ttame_jax.metrics.confidence import confidence
+from ttame_jax.preprocessing import IMAGENET, Masking, Preprocessing
+
+Predict = Callable[[Any], Any]
+
+
+def measure(
+    predict: Predict,
+    images: jax.typing.ArrayLike,
+    maps: jax.typing.ArrayLike,
+    metrics: Sequence[str] = ("ad", "ic"),
+    *,
+    classes: jax.typing.ArrayLike | None = None,
+    inside: jax.typing.ArrayLike | None = None,
+    preprocessing: Preprocessing = IMAGENET,
+    masking: Masking = "pixel",
+    batch_size: int = 32,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Computes metrics of explanation maps.
+
+    Args:
+      predict: images `[B, H, W, 3]` in [0, 1] to probabilities `[B, num_classes]`.
+      images: `[N, H, W, 3]` in [0, 1].
+      maps: `[N, h, w]` in [0, 1]. They are upsampled to the images.
+      metrics: names of the metrics, see `list_metrics`.
+      classes: int `[N]`, the explained classes. None is the predicted ones.
+      inside: bool `[N, H, W]`, the pixels of the object, which the pointing games need.
+      preprocessing: its mean and standard deviation give the colour of removed pixels and the scale
+        of ROAD's noise. Use the classifier's own.
+      masking: how a map masks an image for AD and IC.
+      batch_size: images that are measured at a time.
+      seed: of ROAD's noise.
+
+    Returns:
+      The means over the images in %, as `summarise` returns them: `{"AD": {"100": ...}, ...}`.
+
+    Raises:
+      ValueError: an argument has the wrong shape, type or range, a metric does not exist, or
+        `inside` is missing for one that needs it.
+    """
+    images, maps = _checked(images, maps)
+    loaded = load_metrics(metrics)
+    if inside is None and (needing := [metric.name for metric in loaded if metric.needs_boxes]):
+        raise ValueError(f"the metric {needing[0]!r} needs inside: the pixels of the objects")
+    of_standardised = _of_standardised(predict, images[:1], preprocessing)
+    batch_size, count = min(batch_size, len(images)), len(images)
+
+    @jax.jit
+    def rows_of(index: jax.Array) -> dict[str, jax.Array]:
+        batch = jnp.asarray(images)[index]
+        probabilities = of_standardised(preprocessing.standardise(batch))
+        own = probabilities.argmax(axis=-1)
+        explained = own if classes is None else jnp.asarray(classes)[index]
+        sample = Sample(
+            predict=of_standardised,
+            images=batch,
+            maps=upsample(jnp.asarray(maps)[index], batch.shape[1:3]),
+            classes=explained,
+            confidence=confidence(probabilities, explained),
+            preprocessing=preprocessing,
+            masking=masking,
+            index=index,
+            key=jax.random.key(seed),
+            inside=None if inside is None else jnp.asarray(inside, bool)[index],
+        )
+        rows = {"class": explained, "confidence": sample.confidence}
+        for metric in loaded:
+            rows |= metric.measure(sample)
+        return rows
+
+    parts = []
+    for start in range(0, count, batch_size):
+        index = np.arange(start, start + batch_size)
+        rows = jax.device_get(rows_of(jnp.asarray(np.minimum(index, count - 1))))
+        parts.append({name: values[index < count] for name, values in rows.items()})
+    rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {metric.key: metric.summarise(rows) for metric in loaded}
+
+
+def average_drop(
+    predict: Predict, images: jax.typing.ArrayLike, maps: jax.typing.ArrayLike, **options: Any
+) -> dict[str, float]:
+    """Average Drop in % by the percentage of pixels kept, lower is better.
+
+    Arguments, options and errors are those of `measure`. Paper, section IV-B.
+    """
+    return measure(predict, images, maps, ("ad",), **options)["AD"]
+
+
+def increase_in_confidence(
+    predict: Predict, images: jax.typing.ArrayLike, maps: jax.typing.ArrayLike, **options: Any
+) -> dict[str, float]:
+    """Increase in Confidence in % by the percentage of pixels kept, higher is better.
+
+    Arguments, options and errors are those of `measure`. Paper, section IV-B.
+    """
+    return measure(predict, images, maps, ("ic",), **options)["IC"]
+
+
+def road(
+    predict: Predict, images: jax.typing.ArrayLike, maps: jax.typing.ArrayLike, **options: Any
+) -> dict[str, dict[str, float]]:
+    """ROAD's confidences in % by order (MoRF: lower is better, LeRF: higher) and percentage.
+
+    Arguments, options and errors are those of `measure`. Rong et al., ICML 2022.
+    """
+    return measure(predict, images, maps, ("road",), **options)["ROAD"]
+
+
+def insertion(
+    predict: Predict, images: jax.typing.ArrayLike, maps: jax.typing.ArrayLike, **options: Any
+) -> float:
+    """Area under the confidence in % while pixels are inserted, higher is better.
+
+    Arguments, options and errors are those of `measure`. Petsiuk et al., BMVC 2018.
+    """
+    return measure(predict, images, maps, ("insertion",), **options)["insertion"]["mean"]
+
+
+def deletion(
+    predict: Predict, images: jax.typing.ArrayLike, maps: jax.typing.ArrayLike, **options: Any
+) -> float:
+    """Area under the confidence in % while pixels are removed, lower is better.
+
+    Arguments, options and errors are those of `measure`. Petsiuk et al., BMVC 2018.
+    """
+    return measure(predict, images, maps, ("deletion",), **options)["deletion"]["mean"]
+
+
+def pointing(maps: jax.typing.ArrayLike, inside: jax.typing.ArrayLike) -> float:
+    """Share of maps in % whose maximum lies on the object, higher is better.
+
+    Args:
+      maps: `[N, h, w]`. They are upsampled to `inside`.
+      inside: bool `[N, H, W]`, the pixels of the object.
+
+    Raises:
+      ValueError: as for `measure`.
+    """
+    return _localisation("pointing", maps, inside)
+
+
+def energy(maps: jax.typing.ArrayLike, inside: jax.typing.ArrayLike) -> float:
+    """Mean share in % of a map's energy on the object, higher is better.
+
+    Arguments and errors are those of `pointing`.
+    """
+    return _localisation("energy", maps, inside)
+
+
+def _localisation(name: str, maps: jax.typing.ArrayLike, inside: jax.typing.ArrayLike) -> float:
+    inside = np.asarray(inside)
+    if inside.ndim != 3:
+        raise ValueError(f"inside must be [N, H, W], not {list(inside.shape)}")
+    images = np.zeros((*inside.shape, 3), np.float32)  # no such metric looks at them
+
+    def predict(images):
+        return jnp.ones((len(images), 1))
+
+    return measure(predict, images, maps, (name,), inside=inside)[name]["mean"]
+
+
+def _checked(
+    images: jax.typing.ArrayLike, maps: jax.typing.ArrayLike
+) -> tuple[np.ndarray, np.ndarray]:
+    images, maps = np.asarray(images), np.asarray(maps)
+    if images.ndim != 4 or images.shape[-1] != 3 or not len(images):
+        raise ValueError(f"images must be [N, H, W, 3], not {list(images.shape)}")
+    if maps.ndim != 3 or len(maps) != len(images):
+        raise ValueError(
+            f"maps must be [N, h, w] with N = {len(images)}, one per image, not {list(maps.shape)}"
+        )
+    for name, values in (("images", images), ("maps", maps)):
+        if (
+            not np.issubdtype(values.dtype, np.floating)
+            or not ((values >= 0) & (values <= 1 + 1e-6)).all()
+        ):
+            raise ValueError(f"{name} must be floats in [0, 1]")
+    return images.astype(np.float32), maps.astype(np.float32)
+
+
+def _of_standardised(
+    predict: Predict, image: np.ndarray, preprocessing: Preprocessing
+) -> Callable[[jax.Array], jax.Array]:
+    """The function of standardised images, which can be compiled."""
+    traceable = _traceable(predict, image)
+    answer = np.asarray(predict(jnp.asarray(image) if traceable else image))
+    if answer.ndim != 2 or len(answer) != 1:
+        raise ValueError(
+            f"predict must return probabilities [B, num_classes], not {list(answer.shape)} for one "
+            "image"
+        )
+    if not (answer >= -1e-6).all() or answer.sum() > 1.001:
+        raise ValueError("predict must return probabilities: apply a softmax to logits")
+    mean, std = (np.float32(values) for values in (preprocessing.mean, preprocessing.std))
+
+    def of_standardised(standardised: jax.Array) -> jax.Array:
+        images = (standardised * std + mean).astype(jnp.float32)
+        if traceable:
+            return jnp.asarray(predict(images), jnp.float32)
+        shape = jax.ShapeDtypeStruct((len(images), answer.shape[1]), jnp.float32)
+        return jax.pure_callback(
+            lambda images: np.asarray(predict(np.asarray(images)), np.float32), shape, images
+        )
+
+    return of_standardised
+
+
+def _traceable(predict: Predict, image: np.ndarray) -> bool:
+    """Whether JAX can trace a function of images."""
+    try:
+        jax.eval_shape(predict, jax.ShapeDtypeStruct(image.shape, image.dtype))
+    except Exception:  # noqa: BLE001  each framework says in its own way that it needs arrays
+        return False
+    return True
