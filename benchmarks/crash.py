@@ -31,10 +31,11 @@ import tensorboardX  # noqa: F401  so that no fork has to import it
 import tyro
 from PIL import Image
 
+import ttame_jax.experiments.compare
+import ttame_jax.experiments.explain  # noqa: F401
 from ttame_jax import cli, config
 from ttame_jax.experiments import demo
 from ttame_jax.experiments.arguments import listed
-from ttame_jax.experiments.explain import explain_files  # noqa: F401  the same
 from ttame_jax.runs import CHECKPOINT_FOLDER, load_run
 from ttame_jax.weights.transfer import digest
 

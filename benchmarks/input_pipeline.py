@@ -19,7 +19,8 @@ import tyro
 from common import Setting, cpu_cores, main, median_seconds
 from PIL import Image, ImageOps
 
-from ttame_jax.data import Source, load_source, train_batches
+from ttame_jax.data import Source, load_source
+from ttame_jax.data.loader import train_batches
 from ttame_jax.data.transforms import DRAFT_MARGIN, decode, evaluation_image, random_crop
 
 SIZE = (500, 375)

@@ -1,169 +1,291 @@
-"""The command `ttame`. Each function is a subcommand and its docstring the help."""
+"""The command `ttame`. Only the modules of the subcommand that is called are imported."""
 
 import argparse
-import dataclasses
+import importlib.metadata
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import tyro
-from etils import epath
+if TYPE_CHECKING:
+    from ttame_jax.config import TrainConfig
 
-from ttame_jax.config import TrainConfig, preset
-from ttame_jax.convert.commands import convert
-from ttame_jax.errors import one_line_errors
-from ttame_jax.experiments.compare import CompareConfig, compare
-from ttame_jax.experiments.evaluate import EvaluateConfig, evaluate
-from ttame_jax.experiments.explain import ExplainConfig, explain_files
-from ttame_jax.experiments.lr_find import Grid, lr_find
-from ttame_jax.experiments.train import train
-from ttame_jax.startup import Processes, joined, use_compilation_cache
+Arguments = Sequence[str]
+Command = Callable[..., Any]
 
 
-def explain(config: Annotated[ExplainConfig, tyro.conf.arg(name="")]) -> None:
-    """Explain images with a trained run, or with a method that needs no training.
+def _explain(args: Arguments) -> Command:
+    """Explain images with a trained run, or with a method that needs no training."""
+    import tyro
 
-    Writes NAME.png (a picture) and NAME.npz (maps, classes, probabilities, labels) for every image.
-    """
-    explain_files(config)
+    from ttame_jax.experiments.explain import ExplainConfig, explain_files
 
+    def explain(config: Annotated[ExplainConfig, tyro.conf.arg(name="")]) -> None:
+        """Explain images with a trained run, or with a method that needs no training.
 
-def _evaluate(
-    config: Annotated[EvaluateConfig, tyro.conf.arg(name="")],
-    processes: Annotated[Processes, tyro.conf.arg(name="")],
-) -> None:
-    """Evaluate the maps of a run, or of another method; writes JSON and prints a table."""
-    with joined(processes), one_line_errors("ttame"):
-        evaluate(config)
+        Writes NAME.png (a picture) and NAME.npz (maps, classes, probabilities, labels) for every
+        image.
 
+        $ ttame explain cat.jpg --backbone resnet50
 
-def _compare(
-    config: Annotated[CompareConfig, tyro.conf.arg(name="")],
-    processes: Annotated[Processes, tyro.conf.arg(name="")],
-) -> None:
-    """Evaluate several methods on a run's backbone; writes tables, ROAD curves and a picture."""
-    with joined(processes), one_line_errors("ttame"):
-        compare(config)
+        $ ttame explain photographs --run runs/vit_b16 --classes top3 --output explained
+
+        $ ttame explain cat.jpg --backbone resnet50 --method scorecam --classes "tabby,Siamese cat"
+        """
+        explain_files(config)
+
+    return explain
 
 
-def curves(figures: tyro.conf.Positional[tuple[Path, ...]], *, output: Path) -> None:
-    """Draw the ROAD curves of evaluations, one line per method; writes PNG, SVG and CSV.
+def _train(args: Arguments) -> Command:
+    """Train an attention mechanism for a frozen classifier, or resume its run."""
+    import tyro
 
-    Args:
-      figures: JSON files that ttame evaluate --measures road wrote.
-      output: Folder for road.png, road.svg and road.csv.
-    """
-    from ttame_jax.experiments.curves import curves as draw_curves
+    from ttame_jax.config import TrainConfig
+    from ttame_jax.experiments.train import train as run_training
+    from ttame_jax.startup import Processes, joined
 
-    draw_curves(figures, output)
+    default = _preset_named_in(args)
 
-
-def prepare(
-    dataset: tyro.conf.Positional[str],
-    *,
-    manual_dir: Path | None = None,
-    data_dir: Path | None = None,
-) -> None:
-    """Prepare a TFDS data set for training. Needs TensorFlow, and only once.
-
-    Args:
-      dataset: Name in TFDS, such as imagenet2012.
-      manual_dir: Folder with the archives that TFDS cannot download, for imagenet2012
-        ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
-      data_dir: Folder of the prepared data sets; by default that of TFDS.
-    """
-    from ttame_jax.data import prepare as prepare_dataset
-
-    prepare_dataset(dataset, data_dir, manual_dir)
-
-
-def demo(output: Path = Path("demo")) -> None:
-    """Train and explain a small classifier of digits, and write a page of pictures.
-
-    Args:
-      output: Folder for the runs and for index.html.
-    """
-    from ttame_jax.experiments.demo import run_demo
-
-    run_demo(output)
-
-
-def _train_command(default: TrainConfig):
-    def command(
+    def train(
         config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
         *,
         processes: Annotated[Processes, tyro.conf.arg(name="")],
     ) -> None:
-        """Train an attention mechanism for a frozen classifier, or resume its run."""
-        with joined(processes), one_line_errors("ttame"):
-            train(config)
+        """Train an attention mechanism for a frozen classifier, or resume its run.
 
-    return command
+        $ ttame train --backbone vit_b16
+
+        $ ttame train --backbone resnet50 --dataset folder:photographs --epochs 3 --output runs/mine
+        """
+        with joined(processes):
+            run_training(config)
+
+    return train
 
 
-def _lr_find_command(default: TrainConfig):
+def _lr_find(args: Arguments) -> Command:
+    """Search the peak rate and number of epochs by AD and IC."""
+    import dataclasses
+
+    import tyro
+
+    from ttame_jax.config import TrainConfig
+    from ttame_jax.experiments.lr_find import Grid
+    from ttame_jax.experiments.lr_find import lr_find as search
+    from ttame_jax.startup import Processes, joined
+
+    default = _preset_named_in(args)
     if default.output is not tyro.MISSING:
         folder = default.output.with_name(f"{default.output.name}_lr_find")
         default = dataclasses.replace(default, output=folder)
 
-    def command(
+    def lr_find(
         config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
         *,
         grid: Annotated[Grid, tyro.conf.arg(name="")],
         processes: Annotated[Processes, tyro.conf.arg(name="")],
     ) -> None:
-        """Search the peak rate and number of epochs by AD and IC; writes a table and a plot."""
-        with joined(processes), one_line_errors("ttame"):
-            lr_find(config, grid)
+        """Search the peak rate and number of epochs by AD and IC; writes a table and a plot.
 
-    return command
+        $ ttame lr-find --backbone resnet50 --epochs 2 --rates 3e-4,1e-3,3e-3
+        """
+        with joined(processes):
+            search(config, grid)
+
+    return lr_find
+
+
+def _evaluate(args: Arguments) -> Command:
+    """Evaluate the maps of a run, or of another method."""
+    import tyro
+
+    from ttame_jax.experiments.evaluate import EvaluateConfig
+    from ttame_jax.experiments.evaluate import evaluate as run_evaluation
+    from ttame_jax.startup import Processes, joined
+
+    def evaluate(
+        config: Annotated[EvaluateConfig, tyro.conf.arg(name="")],
+        processes: Annotated[Processes, tyro.conf.arg(name="")],
+    ) -> None:
+        """Evaluate the maps of a run, or of another method; writes JSON and prints a table.
+
+        $ ttame evaluate --run runs/vit_b16 --measures ad,ic,road --output vit_b16.json
+        """
+        with joined(processes):
+            run_evaluation(config)
+
+    return evaluate
+
+
+def _compare(args: Arguments) -> Command:
+    """Evaluate several methods on a run's backbone, side by side."""
+    import tyro
+
+    from ttame_jax.experiments.compare import CompareConfig
+    from ttame_jax.experiments.compare import compare as run_comparison
+    from ttame_jax.startup import Processes, joined
+
+    def compare(
+        config: Annotated[CompareConfig, tyro.conf.arg(name="")],
+        processes: Annotated[Processes, tyro.conf.arg(name="")],
+    ) -> None:
+        """Evaluate several methods on a run's backbone; writes tables, ROAD curves and a picture.
+
+        $ ttame compare --run runs/vit_b16 --quick --limit 500 --output comparison
+        """
+        with joined(processes):
+            run_comparison(config)
+
+    return compare
+
+
+def _curves(args: Arguments) -> Command:
+    """Draw the ROAD curves of evaluations."""
+    import tyro
+
+    from ttame_jax.experiments.curves import curves as draw_curves
+
+    def curves(figures: tyro.conf.Positional[tuple[Path, ...]], *, output: Path) -> None:
+        """Draw the ROAD curves of evaluations, one line per method; writes PNG, SVG and CSV.
+
+        Args:
+          figures: JSON files that ttame evaluate --measures road wrote.
+          output: Folder for road.png, road.svg and road.csv.
+        """
+        draw_curves(figures, output)
+
+    return curves
+
+
+def _prepare(args: Arguments) -> Command:
+    """Prepare a TFDS data set for training."""
+    import tyro
+
+    def prepare(
+        dataset: tyro.conf.Positional[str],
+        *,
+        manual_dir: Path | None = None,
+        data_dir: Path | None = None,
+    ) -> None:
+        """Prepare a TFDS data set for training. Needs TensorFlow, and only once.
+
+        Args:
+          dataset: Name in TFDS, such as imagenet2012.
+          manual_dir: Folder with the archives that TFDS cannot download, for imagenet2012
+            ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
+          data_dir: Folder of the prepared data sets; by default that of TFDS.
+        """
+        from ttame_jax.data.tfds_source import prepare as prepare_dataset
+
+        prepare_dataset(dataset, data_dir, manual_dir)
+
+    return prepare
+
+
+def _convert(args: Arguments) -> Command:
+    """Convert weights and runs between PyTorch and this project."""
+    from ttame_jax.convert.commands import convert
+
+    return convert
+
+
+def _demo(args: Arguments) -> Command:
+    """Train and explain a small classifier of digits, and write a page of pictures."""
+
+    def demo(output: Path = Path("demo")) -> None:
+        """Train and explain a small classifier of digits, and write a page of pictures.
+
+        Args:
+          output: Folder for the runs and for index.html.
+        """
+        from ttame_jax.experiments.demo import run_demo
+
+        run_demo(output)
+
+    return demo
+
+
+COMMANDS: dict[str, Callable[[Arguments], Command]] = {
+    "explain": _explain,
+    "train": _train,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "curves": _curves,
+    "lr-find": _lr_find,
+    "prepare": _prepare,
+    "convert": _convert,
+    "demo": _demo,
+}
+"""Subcommands by name. Each is called with its arguments, imports what it needs and returns the
+function that is the command. Its own docstring is the command's line in ``ttame --help``."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line. A user error exits with a one-line message."""
     args = list(sys.argv[1:] if args is None else args)
+    name = _parser().parse_args(args[:1]).command
+
+    from ttame_jax.errors import one_line_errors
+
+    with one_line_errors("ttame"):
+        _run(name, args[1:])
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The parser of the subcommand's name, and of `--help` and `--version`."""
+    parser = argparse.ArgumentParser(
+        prog="ttame",
+        description="T-TAME: explanation maps for image classifiers in one forward pass.",
+        epilog="ttame COMMAND --help lists the options of a command.",
+    )
+    version = f"ttame-jax {importlib.metadata.version('ttame-jax')}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.__doc__, add_help=False)
+    return parser
+
+
+def _run(name: str, args: Sequence[str]) -> None:
+    import tyro
+
+    from ttame_jax.startup import use_compilation_cache
+
     use_compilation_cache()
-    with one_line_errors("ttame"), _paths:
-        default = _preset_named_in(args)
-        commands = {
-            "train": _train_command(default),
-            "lr-find": _lr_find_command(default),
-            "explain": explain,
-            "evaluate": _evaluate,
-            "compare": _compare,
-            "curves": curves,
-            "prepare": prepare,
-            "convert": convert,
-            "demo": demo,
-        }
-        tyro.extras.subcommand_cli_from_dict(
-            commands,
-            prog="ttame",
-            description="T-TAME: explanation maps for image classifiers in one forward pass.",
-            args=args,
+    with _paths() as registry:
+        command = COMMANDS[name](args)
+        tyro.cli(command, prog=f"ttame {name}", args=args, registry=registry)
+
+
+def _paths() -> Any:
+    """Lets every path be the address of an object: pathlib turns gs://bucket into gs:/bucket."""
+    import tyro
+    from etils import epath
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def path_rule(info):
+        if info.type is not Path:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=lambda words: epath.Path(words[0]),
+            is_instance=lambda value: isinstance(value, PurePath),
+            str_from_instance=lambda path: [str(path)],
         )
 
-
-_paths = tyro.constructors.ConstructorRegistry()
-
-
-@_paths.primitive_rule
-def _path_rule(info):
-    """Lets every path be the address of an object: pathlib turns gs://bucket into gs:/bucket."""
-    if info.type is not Path:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=lambda words: epath.Path(words[0]),
-        is_instance=lambda value: isinstance(value, PurePath),
-        str_from_instance=lambda path: [str(path)],
-    )
+    return registry
 
 
-def _preset_named_in(args: Sequence[str]) -> TrainConfig:
+def _preset_named_in(args: Sequence[str]) -> "TrainConfig":
     """The preset that --backbone names, which sets the defaults of ``train``."""
+    import tyro
+
+    from ttame_jax.config import preset
+
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--backbone", default=tyro.MISSING)
     return preset(parser.parse_known_args(args)[0].backbone)

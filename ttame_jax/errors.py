@@ -12,6 +12,15 @@ from typing import NoReturn
 import absl.logging
 import jax
 
+EXTRAS = {
+    "grain": "train",
+    "tensorflow_datasets": "train",
+    "tensorboardX": "train",
+    "jinja2": "demo",
+    "sklearn": "demo",
+}
+"""The extra that has a module."""
+
 
 class Failure(Exception):
     """The arguments are right, but the work cannot be done. The message says why."""
@@ -58,7 +67,9 @@ def one_line_errors(program: str) -> Iterator[None]:
         if full := _full_disk(error):
             _end_on_full_disk(program, full)
         wrong_arguments = isinstance(error, ValueError) and not isinstance(error, Failure)
-        _exit(f"{program}: {error} (TTAME_TRACEBACK=1 shows where)", 2 if wrong_arguments else 1)
+        advice = _install(error) if isinstance(error, ModuleNotFoundError) else ""
+        line = f"{program}: {error}{advice} (TTAME_TRACEBACK=1 shows where)"
+        _exit(line, 2 if wrong_arguments else 1)
     except (RuntimeError, AssertionError):  # how JAX says that it has no such device
         if _has_devices() or os.environ.get("TTAME_TRACEBACK"):
             raise
@@ -68,6 +79,12 @@ def one_line_errors(program: str) -> Iterator[None]:
         if os.environ.get("TTAME_TRACEBACK"):
             raise
         _exit(f"{program}: interrupted", 128 + signal.SIGINT)
+
+
+def _install(error: ModuleNotFoundError) -> str:
+    """How to install a module that an extra has."""
+    extra = EXTRAS.get((error.name or "").partition(".")[0])
+    return f": run pip install 'ttame-jax[{extra}]'" if extra else ""
 
 
 def _full_disk(error: BaseException | None) -> OSError | None:

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
 
@@ -263,6 +262,8 @@ def save_attention(
       step: the number of training steps it has had.
       config: of the run.
     """
+    import orbax.checkpoint as ocp  # takes as long to import as Flax
+
     _, params, batch_stats = nnx.split(attention, nnx.Param, nnx.BatchStat)
     item = attention_item(params, batch_stats)
     items = ocp.args.Composite(
@@ -286,6 +287,8 @@ def load_attention(run_dir: str | Path, attention: AttentionMechanism) -> int:
       Damaged: all checkpoints are damaged.
       Failure: see `check_architecture`.
     """
+    import orbax.checkpoint as ocp  # see save_attention
+
     folder = absolute(epath.Path(run_dir) / CHECKPOINT_FOLDER)
     missing = FileNotFoundError(f"{run_dir} has no checkpoint yet: train it with ttame train")
     if not folder.is_dir():

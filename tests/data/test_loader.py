@@ -6,7 +6,8 @@ import orbax.checkpoint as ocp
 import pytest
 from data_helpers import Pictures
 
-from ttame_jax.data import evaluation_batches, train_batches
+from ttame_jax.data import evaluation_batches
+from ttame_jax.data.loader import train_batches
 from ttame_jax.data.transforms import evaluation_image
 from ttame_jax.preprocessing import Preprocessing
 
@@ -157,10 +158,9 @@ class BoxedPictures(Pictures):
 
 
 @pytest.mark.filterwarnings("ignore:skipping")
-@pytest.mark.parametrize("workers", [0, 1])
-def test_evaluation_with_boxes_tells_which_pixels_lie_inside(workers):
+def test_evaluation_with_boxes_tells_which_pixels_lie_inside():
     source = BoxedPictures(101, damaged=(3,))
-    batches = evaluation_batches(source, SMALL, 51, boxes=True, workers=workers)
+    batches = evaluation_batches(source, SMALL, 51, boxes=True)
     first, last = (batch["inside"] for batch in batches)
     assert first.shape == (51, 8, 8) and first.dtype == bool
     left = np.tile(np.arange(8) < 4, (8, 1))

@@ -7,7 +7,8 @@ import pytest
 import tensorflow_datasets as tfds
 from data_helpers import HIDE_TENSORFLOW, encode, noise, run_python
 
-from ttame_jax.data import evaluation_batches, load_source, prepare
+from ttame_jax.data import evaluation_batches, load_source
+from ttame_jax.data.tfds_source import prepare
 from ttame_jax.errors import Damaged
 from ttame_jax.preprocessing import Preprocessing
 
@@ -109,7 +110,7 @@ def test_a_damaged_archive_is_named(tmp_path):
 
 
 def test_preparing_without_tensorflow_names_the_extra(tmp_path):
-    script = "import sys; from ttame_jax.data import prepare; prepare('imagenet2012', sys.argv[1])"
+    script = "import sys; from ttame_jax.data.tfds_source import prepare; prepare('imagenet2012', sys.argv[1])"
     run = run_python(HIDE_TENSORFLOW + script, tmp_path, check=False)
     assert run.returncode != 0
     assert run.stderr.splitlines()[-1].endswith("run: pip install 'ttame-jax[prepare]'")

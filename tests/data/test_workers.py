@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from data_helpers import Pictures, run_python
 
-from ttame_jax.data import train_batches, workers
+from ttame_jax.data import workers
+from ttame_jax.data.loader import train_batches
 from ttame_jax.preprocessing import Preprocessing
 
 SMALL = Preprocessing(image_size=8, resize_size=10)
@@ -16,7 +17,7 @@ STARTED = """
 import multiprocessing, os, sys
 sys.path.insert(0, "tests/data")
 from data_helpers import Pictures
-from ttame_jax.data import train_batches
+from ttame_jax.data.loader import train_batches
 from ttame_jax.preprocessing import Preprocessing
 batches = train_batches(Pictures(8), Preprocessing(8, 10), 4, seed=0, workers=1)
 next(batches)

@@ -19,4 +19,6 @@ sys.meta_path.insert(0, NoTorch())
 import tensorboardX  # noqa: F401
 
 import ttame_jax.cli
-import ttame_jax.experiments.explain  # noqa: F401
+import ttame_jax.experiments.compare
+import ttame_jax.experiments.explain
+import ttame_jax.experiments.lr_find  # noqa: F401

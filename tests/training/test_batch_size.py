@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 from launch import Launcher, fellows, train_command
 from tiny import TINY
 
-from ttame_jax import cli
 from ttame_jax.cli import main
 from ttame_jax.config import TrainConfig, command
 from ttame_jax.experiments.train import train
@@ -184,7 +183,7 @@ def test_a_runs_command_gives_its_configuration(config, monkeypatch):
         data_dir="/a folder",
     )
     started = []
-    monkeypatch.setattr(cli, "train", started.append)
+    monkeypatch.setattr("ttame_jax.experiments.train.train", started.append)
     words = shlex.split(command(config))
     assert words[:2] == ["ttame", "train"] and "--seed" not in words
     main([*words[1:], "--num-processes", "1"])

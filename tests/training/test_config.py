@@ -3,7 +3,6 @@ import os
 
 import pytest
 
-from ttame_jax import cli
 from ttame_jax.cli import main
 from ttame_jax.config import TrainConfig
 from ttame_jax.runs import load_config
@@ -16,7 +15,7 @@ def test_a_run_folder_may_be_in_a_bucket(tmp_path, monkeypatch, bucket):
     """From the command line to config.json and back, gs:// keeps both of its slashes."""
     output = "gs://bucket/runs/one" if bucket else str(tmp_path / "one")
     started = []
-    monkeypatch.setattr(cli, "train", started.append)
+    monkeypatch.setattr("ttame_jax.experiments.train.train", started.append)
     words = ["train", "--backbone", "vit_b16", "--output", output, "--num-processes", "1"]
     main([*words, "--validation-list", "gs://bucket/list.txt"])
     (config,) = started

@@ -1,18 +1,18 @@
-"""Images for training and evaluation: sources, transforms and batches."""
+"""Images for training and evaluation: sources, transforms and batches.
 
-from ttame_jax.data.loader import Batches, evaluation_batches, train_batches
-from ttame_jax.data.sources import Source, load_source, prepare, select, thin
+Training (`loader`) needs Grain and TFDS's data sets (`tfds_source`) need TFDS. Nothing else does.
+"""
+
+from ttame_jax.data.evaluation import evaluation_batches
+from ttame_jax.data.sources import Source, load_source, select, thin
 from ttame_jax.data.transforms import UnreadableImage, preprocess
 
 __all__ = [
-    "Batches",
     "Source",
     "UnreadableImage",
     "evaluation_batches",
     "load_source",
-    "prepare",
     "preprocess",
     "select",
     "thin",
-    "train_batches",
 ]

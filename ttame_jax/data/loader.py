@@ -1,31 +1,21 @@
-"""Batches of images through Grain: endless and shuffled for training, in order for evaluation.
-
-A batch is a dict of NumPy arrays:
-  image: uint8 [b, S, S, 3]
-  label: int32 [b], -1 if unknown
-  index: int32 [b], the image's index in the source, -1 for padding
-  valid: bool [b], False for padding and for unreadable images
+"""Batches of images for training through Grain: endless and shuffled.
 
 Neither this module nor its worker processes touch JAX's devices.
 """
 
 import atexit
 import functools
-import warnings
 import weakref
-from collections.abc import Sequence
 
 import grain
 import numpy as np
 
+from ttame_jax.data.elements import ENOUGH_SEEN, Element, Unreadable, element
 from ttame_jax.data.sources import Source
-from ttame_jax.data.transforms import centre_crop, decode, inside_boxes, training_image
+from ttame_jax.data.transforms import training_image
 from ttame_jax.data.workers import Prefetched, bounded, end_if_waiting, prefetched
 from ttame_jax.errors import Damaged
 from ttame_jax.preprocessing import Preprocessing
-
-_MAX_UNREADABLE = 0.01  # share of the images seen
-_ENOUGH_SEEN = 1000  # images, before that share is checked
 
 _open_batches = weakref.WeakSet()
 
@@ -78,56 +68,11 @@ def train_batches(
     return Batches(dataset, source, workers, images=-(-len(source) // process_count), size=size)
 
 
-def evaluation_batches(
-    source: Source,
-    preprocessing: Preprocessing,
-    batch_size: int,
-    *,
-    indices: Sequence[int] | np.ndarray | None = None,
-    boxes: bool = False,
-    workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> "Batches":
-    """Returns batches of centre crops: each image once and in order, padded at the end.
-
-    With `boxes`, a batch has another array, `inside`: bool [b, S, S], whether a pixel's centre
-    lies in any box of the image. It is all False for images without boxes, images whose boxes are
-    outside the crop, and padding.
-
-    Args:
-      source: the images.
-      preprocessing: the backbone's.
-      batch_size: images per batch of this process.
-      indices: the images to read; all by default.
-      boxes: whether to add `inside`; the source must have boxes.
-      workers: as in `train_batches`.
-      process_index: `jax.process_index()`. Of all batches, the process takes every
-        `process_count`-th, starting with this one. All processes take equally many.
-      process_count: `jax.process_count()`.
-
-    Raises:
-      ValueError: `boxes` is True and the source has no boxes.
-    """
-    if boxes and not source.has_boxes:
-        raise ValueError(f"{source} has no boxes")
-    chosen = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
-    padded = np.pad(chosen, (0, -len(chosen) % (batch_size * process_count)), constant_values=-1)
-    shard = padded.reshape(-1, process_count, batch_size)[:, process_index].ravel()
-    load = functools.partial(_load_for_evaluation, source, preprocessing, boxes)
-    # pyrefly: ignore[bad-argument-type]  # an array is a sequence
-    dataset = grain.MapDataset.source(shard).map(load).batch(batch_size)
-    size = batch_size * 3 * preprocessing.image_size**2
-    return Batches(dataset, source, workers, images=int((shard >= 0).sum()), size=size)
-
-
 class Batches(grain.DatasetIterator):
     """Iterator over a data set of batches, whose state is the number of batches taken.
 
-    A state can be restored with any number of workers. Each unreadable image causes one warning
-    with its name. More than 1 % of unreadable images among those seen is `Damaged`, checked
-    after 1000 images or at the end of a smaller data set. Closing or deleting the iterator stops
-    its workers.
+    A state can be restored with any number of workers. Too many unreadable images are an error, see
+    `Unreadable`. Closing or deleting the iterator stops its workers.
     """
 
     def __init__(
@@ -135,19 +80,16 @@ class Batches(grain.DatasetIterator):
     ):
         super().__init__()
         self._dataset = dataset
-        self._source = source
         self._workers = bounded(workers)
         self._size = size  # of a batch, in bytes
-        self._images = images  # of this process, in an epoch
         self._taken = 0
         self._closed = False
         self._ahead = None  # Grain's iterator, which prefetches batches from `_taken` on
-        self._seen = 0
-        self._unreadable = set()
+        self._unreadable = Unreadable(source, images)
         _open_batches.add(self)
 
     def __len__(self) -> int:
-        """Returns the total number of batches, sys.maxsize for training."""
+        """Returns the total number of batches, sys.maxsize."""
         return len(self._dataset)
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -155,7 +97,11 @@ class Batches(grain.DatasetIterator):
             raise ValueError("these batches are closed")
         batch = next(self._prefetching())
         self._taken += 1
-        self._check(batch["index"], batch.pop("unreadable"))
+        try:
+            self._unreadable.check(batch["index"], batch.pop("unreadable"))
+        except Damaged:
+            self.close()
+            raise
         return {name: np.array(value) for name, value in batch.items()}  # copied from shared memory
 
     def get_state(self) -> dict[str, int]:
@@ -182,26 +128,13 @@ class Batches(grain.DatasetIterator):
             self._ahead.close()
             self._ahead = None
 
-    def _check(self, index: np.ndarray, unreadable: np.ndarray):
-        for image in set(unreadable[unreadable >= 0].tolist()) - self._unreadable:
-            self._unreadable.add(image)
-            warnings.warn(f"skipping an unreadable image: {self._source.name(image)}", stacklevel=3)
-        self._seen = min(self._seen + int(np.count_nonzero(index >= 0)), self._images)
-        judged = self._seen >= min(self._images, _ENOUGH_SEEN)
-        if judged and len(self._unreadable) > _MAX_UNREADABLE * self._seen:
-            self.close()
-            raise Damaged(
-                f"{len(self._unreadable)} of {self._seen} images of {self._source} are unreadable "
-                "(the warnings name them): repair or remove them"
-            )
-
 
 def _load_for_training(
     source: Source, preprocessing: Preprocessing, flip: bool, index: int, rng: np.random.Generator
-) -> dict[str, np.ndarray | np.generic]:
+) -> Element:
     unreadable = -1
     # After more consecutive failures than are tolerated in total, give up.
-    for candidate in range(index, index + min(len(source), _ENOUGH_SEEN)):
+    for candidate in range(index, index + min(len(source), ENOUGH_SEEN)):
         candidate %= len(source)
         try:
             record = source[candidate]
@@ -209,39 +142,5 @@ def _load_for_training(
         except OSError:
             unreadable = index
         else:
-            return _element(image, record["label"], candidate, unreadable)
+            return element(image, record["label"], candidate, unreadable)
     raise Damaged(f"images {index} to {candidate} of {source} are all unreadable")
-
-
-def _load_for_evaluation(
-    source: Source, preprocessing: Preprocessing, boxes: bool, index: int
-) -> dict[str, np.ndarray | np.generic]:
-    size, unreadable = preprocessing.image_size, -1
-    if index >= 0:
-        try:
-            record = source[index]
-            image = decode(record["image"], max_pixels=source.max_pixels)
-        except OSError:
-            unreadable = index
-        else:
-            element = _element(centre_crop(image, preprocessing), record["label"], index)
-            if boxes:
-                element["inside"] = inside_boxes(record["boxes"], image.size, preprocessing)
-            return element
-    blank = np.zeros((size, size, 3), np.uint8)
-    element = _element(blank, -1, index, unreadable, valid=False)
-    return element | {"inside": np.zeros((size, size), bool)} if boxes else element
-
-
-def _element(
-    image: np.ndarray, label: int, index: int, unreadable: int = -1, valid: bool = True
-) -> dict[str, np.ndarray | np.generic]:
-    """Returns one element. `unreadable` is the index of the image it replaces because that image
-    could not be read, or -1."""
-    return {
-        "image": image,
-        "label": np.int32(label),
-        "index": np.int32(index),
-        "valid": np.bool_(valid),
-        "unreadable": np.int32(unreadable),
-    }

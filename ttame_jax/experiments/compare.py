@@ -209,10 +209,10 @@ class Comparison:
     def _draw(self, names: Sequence[str]) -> None:
         """Images in columns, methods in rows. Each map explains the predicted class of its image."""
         chosen = thin(self.setup.indices, self.config.pictures)
-        batches = evaluation_batches(
+        (batch,) = evaluation_batches(
             self.setup.source, self.backbone.preprocessing, len(chosen), indices=chosen
         )
-        pictures = next(batches)["image"]
+        pictures = batch["image"]
         images = jnp.asarray(to_float(pictures))
         classes = _predicted(self.backbone, images)
         rows = {}

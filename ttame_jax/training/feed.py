@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 from jax.sharding import Mesh
 
-from ttame_jax.data import Batches
+from ttame_jax.data.loader import Batches
 from ttame_jax.mesh import shard_batch
 
 

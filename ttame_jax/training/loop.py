@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from ttame_jax import labels
 from ttame_jax.config import CONFIG_FILE, TrainConfig
-from ttame_jax.data import Batches, load_source, train_batches
+from ttame_jax.data import load_source
+from ttame_jax.data.loader import Batches, train_batches
 from ttame_jax.errors import Failure
 from ttame_jax.files import LEAST_SPACE, check_output_folder, locked, write_atomically
 from ttame_jax.mesh import AXIS, check_batch_size, data_mesh, replicate

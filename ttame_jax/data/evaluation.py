@@ -1,0 +1,115 @@
+"""Batches of images for evaluation: each image once and in order, decoded by threads."""
+
+import collections
+import concurrent.futures
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from ttame_jax.data.elements import Element, Unreadable, element
+from ttame_jax.data.sources import Source
+from ttame_jax.data.transforms import centre_crop, decode, inside_boxes
+from ttame_jax.preprocessing import Preprocessing
+
+_AHEAD = 2  # batches that are decoded while another one is used
+
+
+def evaluation_batches(
+    source: Source,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    *,
+    indices: Sequence[int] | np.ndarray | None = None,
+    boxes: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "EvaluationBatches":
+    """Returns batches of centre crops: each image once and in order, padded at the end.
+
+    With `boxes`, a batch has another array, `inside`: bool [b, S, S], whether a pixel's centre
+    lies in any box of the image. It is all False for images without boxes, images whose boxes are
+    outside the crop, and padding.
+
+    Args:
+      source: the images.
+      preprocessing: the backbone's.
+      batch_size: images per batch of this process.
+      indices: the images to read; all by default.
+      boxes: whether to add `inside`; the source must have boxes.
+      process_index: `jax.process_index()`. Of all batches, the process takes every
+        `process_count`-th, starting with this one. All processes take equally many.
+      process_count: `jax.process_count()`.
+
+    Raises:
+      ValueError: `boxes` is True and the source has no boxes.
+    """
+    if boxes and not source.has_boxes:
+        raise ValueError(f"{source} has no boxes")
+    chosen = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
+    padded = np.pad(chosen, (0, -len(chosen) % (batch_size * process_count)), constant_values=-1)
+    shard = padded.reshape(-1, process_count, batch_size)[:, process_index]
+    return EvaluationBatches(source, preprocessing, shard, boxes)
+
+
+class EvaluationBatches:
+    """An iterable over batches, see `ttame_jax.data.elements`.
+
+    Iterating raises `Damaged` if too many images are unreadable, see `Unreadable`.
+
+    Args:
+      source: the images.
+      preprocessing: the backbone's.
+      indices: the images of each batch, int64 [N, b], -1 for padding.
+      boxes: see `evaluation_batches`.
+    """
+
+    def __init__(
+        self, source: Source, preprocessing: Preprocessing, indices: np.ndarray, boxes: bool
+    ):
+        self._source, self._preprocessing = source, preprocessing
+        self._indices, self._boxes = indices, boxes
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        unreadable = Unreadable(self._source, images=int((self._indices >= 0).sum()))
+        with concurrent.futures.ThreadPoolExecutor(max(os.cpu_count() or 1, 2)) as threads:
+            waiting = collections.deque()
+            try:
+                for indices in self._indices.tolist():
+                    waiting.append([threads.submit(self._load, index) for index in indices])
+                    if len(waiting) > _AHEAD:
+                        yield _batch(waiting.popleft(), unreadable)
+                while waiting:
+                    yield _batch(waiting.popleft(), unreadable)
+            finally:  # also if the caller stops early
+                threads.shutdown(cancel_futures=True)
+
+    def _load(self, index: int) -> Element:
+        size, failed = self._preprocessing.image_size, -1
+        if index >= 0:
+            try:
+                record = self._source[index]
+                image = decode(record["image"], max_pixels=self._source.max_pixels)
+            except OSError:
+                failed = index
+            else:
+                crop = centre_crop(image, self._preprocessing)
+                loaded = element(crop, record["label"], index)
+                if self._boxes:
+                    boxes = record["boxes"]
+                    loaded["inside"] = inside_boxes(boxes, image.size, self._preprocessing)
+                return loaded
+        blank = element(np.zeros((size, size, 3), np.uint8), -1, index, failed, valid=False)
+        return blank | {"inside": np.zeros((size, size), bool)} if self._boxes else blank
+
+
+def _batch(
+    elements: Sequence[concurrent.futures.Future[Element]], unreadable: Unreadable
+) -> dict[str, np.ndarray]:
+    loaded = [future.result() for future in elements]
+    batch = {name: np.stack([one[name] for one in loaded]) for name in loaded[0]}
+    unreadable.check(batch["index"], batch.pop("unreadable"))
+    return batch
