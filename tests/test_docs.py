@@ -1,13 +1,20 @@
+import ast
+import importlib
+import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+import ttame_jax
+from ttame_jax.cli import COMMANDS, main
 from ttame_jax.methods import list_methods, method_title
 from ttame_jax.metrics import list_metrics
 
 pytestmark = pytest.mark.quick
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 
 
 @pytest.mark.parametrize("name", list_methods())
@@ -18,3 +25,58 @@ def test_every_method_is_documented(name):
 @pytest.mark.parametrize("name", list_metrics())
 def test_every_metric_is_documented(name):
     assert f"`{name}`" in (DOCS / "metrics.md").read_text()
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        assert target.startswith(("https://", "mailto:")) or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_use_names_that_exist(page):
+    for block in blocks(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("ttame_jax"):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name) or importlib.import_module(
+                        f"{node.module}.{alias.name}"
+                    )
+            elif isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "ttame_jax":
+                assert hasattr(ttame_jax, node.attr), node.attr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_shell_blocks_use_commands_and_flags_that_exist(page, capsys):
+    for block in blocks(page, "sh"):
+        commands = block.replace("\\\n", " ").replace("python train.py", "ttame train")
+        for words in re.findall(r"\bttame (.*)", commands):
+            command, *rest = words.partition("#")[0].split()
+            if command not in COMMANDS:  # a machine may have that name
+                continue
+            with pytest.raises(SystemExit):
+                main([command, *(rest[:1] if command == "convert" else []), "--help"])
+            known = set(re.findall(r"--[a-z][a-z.-]*", capsys.readouterr().out))
+            used = {word.rstrip('"') for word in rest if word.startswith("--")}
+            assert used <= known, (words, used - known)
+
+
+def test_the_first_example_works_when_pasted(shared, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Image.open(next((pictures / "validation").iterdir())) as image:
+        image.resize((300, 200)).save("cat.jpg")
+    weights = shared / "weights" / "squeezenet1_0.safetensors"
+    (example, *_) = blocks(ROOT / "README.md", "python")
+    offline = f'backbone="squeezenet1_0", weights={str(weights)!r}'
+    names = {}
+    exec(example.replace('backbone="resnet50"', offline), names)  # noqa: S102
+    assert names["explanation"].resized().shape == (2, 200, 300)
+    assert (tmp_path / "explained.png").is_file()
