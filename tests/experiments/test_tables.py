@@ -1,6 +1,7 @@
 import csv
 import io
 
+import jax
 import pytest
 
 from ttame_jax.experiments.tables import comma_separated, comparison_tables, latex, markdown
@@ -9,13 +10,18 @@ pytestmark = pytest.mark.quick
 
 
 def figures(method, ad, ic, morf, images=200, passes=1):
-    return {
-        "method": method,
-        "images": images,
-        "forward_passes": passes,
+    measured = {
         "AD": {"100": ad, "50": 50.0, "15": 80.0},
         "IC": {"100": ic, "50": 5.0, "15": 1.0},
         "ROAD": {"MoRF": {"mean": morf}, "LeRF": {"mean": 100 - morf}},
+    }
+    return {
+        "method": method,
+        "backbone": "vit_b16",
+        "images": images,
+        "forward_passes": passes,
+        **measured,
+        "intervals": jax.tree.map(lambda value: [value - 1, value + 1], measured),
     }
 
 
@@ -56,7 +62,9 @@ def test_latex_escapes_what_latex_would_read(columns):
     text = latex(columns, comparison_tables(columns)["ad_ic"])
     assert r"AD$\downarrow$(100\%) & 32.12 & 1.00 & \underline{9.33} & \textbf{8.74} \\" in text
     assert r"no\_skip" in text
-    assert text.startswith("\\begin{tabular}{lrrrr}\n")
+    assert r" & {\scriptsize [31.1, 33.1]} & {\scriptsize [0.0, 2.0]} & " in text
+    assert r"\caption{Explanation methods on vit\_b16, 200 images, with 95 \% intervals;" in text
+    assert "\n\\begin{tabular}{lrrrr}\n\\toprule\nMeasure & Grad-CAM & " in text
 
 
 def test_measures_that_a_method_lacks_make_no_table(columns):

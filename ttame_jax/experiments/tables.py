@@ -17,10 +17,11 @@ Figures = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """A metric's values for all methods, in %."""
+    """A metric's values for all methods, in %, and their 95 % intervals."""
 
     title: str
     values: tuple[float, ...]
+    intervals: tuple[tuple[float, float], ...]
     lower_is_better: bool
 
     def ranks(self, ranked: Sequence[bool]) -> list[int | None]:
@@ -46,7 +47,12 @@ def comparison_tables(figures: Sequence[Figures]) -> dict[str, list[Row]]:
             tables[metric.table].append(metric.table_rows())
     return {
         table: [
-            Row(row.title, tuple(map(row.value, figures)), row.lower_is_better)
+            Row(
+                row.title,
+                tuple(map(row.value, figures)),
+                tuple(tuple(row.value(one["intervals"])) for one in figures),
+                row.lower_is_better,
+            )
             for row in chain.from_iterable(zip_longest(*rows))
             if row is not None
         ]
@@ -99,17 +105,42 @@ def comma_separated(figures: Sequence[Figures], rows: Sequence[Row]) -> str:
 
 
 def latex(figures: Sequence[Figures], rows: Sequence[Row]) -> str:
-    """Formats a LaTeX tabular; the best value of a row is bold, the second underlined."""
+    """Formats a LaTeX table, which needs the package booktabs.
+
+    The best value of a row is bold, the second underlined. A line below each row has the 95 %
+    intervals. The caption has the backbone and the number of images.
+    """
     marks: dict[int | None, str] = {0: r"\textbf{%s}", 1: r"\underline{%s}"}
-    body = _cells(figures, rows, lambda value, rank: marks.get(rank, "%s") % value)
-    lines = [["Measure", *titles(figures)], *body]
-    text = [" & ".join(line).translate(_LATEX) + r" \\" for line in lines]
-    columns = "l" + "r" * len(figures)
+    *body, passes = _cells(figures, rows, lambda value, rank: marks.get(rank, "%s") % value)
+    text = []
+    for row, cells in zip(rows, body, strict=True):
+        small = (rf"{{\scriptsize [{low:.1f}, {high:.1f}]}}" for low, high in row.intervals)
+        text += [_latex_line(cells), _latex_line(["", *small]) + r"[2pt]"]
+    backbone, images = figures[0]["backbone"], max(one["images"] for one in figures)
+    caption = f"Explanation methods on {backbone}, {images} images, with 95 % intervals; FP is the "
+    caption += "number of forward passes per image."
     return "\n".join(
-        [rf"\begin{{tabular}}{{{columns}}}", r"\hline", text[0], r"\hline"]
-        + text[1:]
-        + [r"\hline", r"\end{tabular}", ""]
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{caption.translate(_LATEX)}}}",
+            rf"\begin{{tabular}}{{l{'r' * len(figures)}}}",
+            r"\toprule",
+            _latex_line(["Measure", *titles(figures)]),
+            r"\midrule",
+            *text,
+            r"\midrule",
+            _latex_line(passes),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
     )
+
+
+def _latex_line(cells: Sequence[str]) -> str:
+    return " & ".join(cells).translate(_LATEX) + r" \\"
 
 
 _LATEX = str.maketrans({"%": r"\%", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "_": r"\_"})
