@@ -74,9 +74,9 @@ def test_measures_that_a_method_lacks_make_no_table(columns):
 
 def test_every_metric_is_in_its_table(columns):
     for i, column in enumerate(columns):
-        column["ROAD_REFERENCE"] = column["ROAD"]
-        for name in ("insertion", "deletion", "pointing", "energy"):
-            column[name] = {"mean": float(i)}
+        for tree, mean in ((column, float(i)), (column["intervals"], [i - 1, i + 1])):
+            tree["ROAD_REFERENCE"] = tree["ROAD"]
+            tree |= {k: {"mean": mean} for k in ("insertion", "deletion", "pointing", "energy")}
     titles = {
         table: [row.title for row in rows] for table, rows in comparison_tables(columns).items()
     }
