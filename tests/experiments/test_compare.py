@@ -44,6 +44,19 @@ def test_a_method_gives_the_figures_that_evaluate_gives(finished, run, tmp_path)
         assert alone[measure] == compared[measure]
 
 
+def test_quick_leaves_out_what_needs_many_forward_passes(run, tmp_path, capsys):
+    words = ["--methods", "gradcam,rise", "--pictures", "0", "--measures", "ad", "--limit", "8"]
+    main(
+        [
+            *["compare", "--run", str(run), "--output", str(tmp_path), "--batch-size", "8"],
+            *[*words, "--method-config", "rise.masks", "128", "--quick"],
+        ]
+    )
+    assert [path.name for path in tmp_path.glob("*.json")] == ["gradcam.json"]
+    compare(run, tmp_path, *words, "--methods", "rise", "--method-config", "rise.masks", "128")
+    assert "RISE: 128 forward passes for each image, about 00:" in capsys.readouterr().out
+
+
 def test_what_is_measured_is_not_measured_again(finished, run, monkeypatch):
     measured = []
     batches = Evaluator.batches

@@ -27,10 +27,11 @@ from ttame_jax.experiments.evaluate import (
     read_figures,
 )
 from ttame_jax.files import check_output_folder, locked, to_json, write_atomically
+from ttame_jax.labels import default_names, label
 from ttame_jax.methods import Method, compute_maps, list_methods, load_method, method_title
 from ttame_jax.plots import explanation_grid, save_figure
 from ttame_jax.preprocessing import to_float
-from ttame_jax.runs import load_run
+from ttame_jax.runs import load_class_names, load_run
 
 ALL = ("all",)
 
@@ -220,14 +221,12 @@ class Comparison:
             print(f"{name}: maps of {len(images)} images")
             maps = compute_maps(self.method(name), images, classes[:, None])
             rows[method_title(name)] = np.asarray(maps[:, 0])
-        titles = [self._class_name(label) for label in classes.tolist()]
+        count = self.backbone.num_classes
+        class_names = load_class_names(self.config.run[0]) or default_names(count)
+        titles = [label(class_id, class_names) for class_id in classes.tolist()]
         path = self.config.output / "maps.png"
         save_figure(explanation_grid(pictures, rows, titles), path)
         print(path)
-
-    def _class_name(self, label: int) -> str:
-        names = self.setup.source.class_names
-        return names[label] if names and len(names) == self.backbone.num_classes else str(label)
 
 
 def _read(path: Path) -> dict:
