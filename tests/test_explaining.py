@@ -118,9 +118,9 @@ def test_what_is_no_picture_is_refused(squeezenet, picture, message):
 
 
 def test_a_run_or_a_backbone_is_needed(run, squeezenet, photograph):
-    with pytest.raises(ValueError, match="neither is given"):
+    with pytest.raises(ValueError, match="give a run, or a backbone"):
         ttame_jax.explain(photograph)
-    with pytest.raises(ValueError, match="both is given"):
+    with pytest.raises(ValueError, match="give either a run or a backbone"):
         ttame_jax.explain(photograph, run=run, backbone=squeezenet)
     with pytest.raises(ValueError, match="view must be whole or crop, not 'half'"):
         ttame_jax.explain(photograph, backbone=squeezenet, view="half")

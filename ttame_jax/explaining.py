@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ METHOD = "gradcam"
 
 
 def explain(
-    images: Picture | Sequence[Picture],
+    images: Picture | list[Picture] | tuple[Picture, ...],
     run: str | Path | None = None,
     backbone: str | Backbone | None = None,
     weights: str | Path | None = None,
@@ -66,10 +67,11 @@ def explain(
     def of_one(image: Picture) -> Explanation:
         return explainer.explain_picture(image, classes, view, max_pixels)
 
-    several = isinstance(images, list | tuple) or (
-        isinstance(images, np.ndarray | jax.Array) and images.ndim == 4
-    )
-    return [of_one(image) for image in images] if several else of_one(images)
+    if isinstance(images, list | tuple):
+        return [of_one(image) for image in images]
+    if isinstance(images, np.ndarray | jax.Array) and images.ndim == 4:
+        return [of_one(image) for image in images]
+    return of_one(images)
 
 
 def open_explainer(
@@ -93,18 +95,18 @@ def open_explainer(
       method_config: options of the method, as for `load_method`.
       class_names: see `explain`.
     """
-    if (run is None) == (backbone is None):
-        raise ValueError(
-            "give either a run, or a backbone to explain without training: "
-            f"{'neither' if run is None else 'both'} is given"
-        )
-    options = dict(method_config or {})
+    if run is not None and backbone is not None:
+        raise ValueError("a run has its own backbone: give either a run or a backbone")
+    options: dict[str, Any] = dict(method_config or {})
     if run is not None:
         moved = None if weights is None else str(weights)
         return load_explainer(run, moved, method, options, class_names)
+    if backbone is None:
+        raise ValueError("give a run, or a backbone to explain without training")
     if isinstance(backbone, str):
         chosen = preset(backbone).weights if weights is None else weights
         if chosen is None:
             raise ValueError(f"{backbone} has no published weights: give a file (--weights)")
-        backbone = load_backbone(backbone, chosen, **(backbone_config or {}))
+        settings: dict[str, Any] = dict(backbone_config or {})
+        backbone = load_backbone(backbone, chosen, **settings)
     return Explainer(load_method(method or METHOD, backbone, **options), class_names)

@@ -3,8 +3,8 @@
 import difflib
 import functools
 import importlib.resources
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from etils import epath
 
@@ -40,7 +40,7 @@ def readable(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(known.get(name, name) for name in names)
 
 
-def read_names(path: Path) -> tuple[str, ...]:
+def read_names(path: str | os.PathLike) -> tuple[str, ...]:
     """Reads a file with one class name per line.
 
     Raises:

@@ -45,8 +45,8 @@ def resize_map(explanation_map: jax.typing.ArrayLike, size: tuple[int, ...]) -> 
 
     Equal to `ttame_jax.masking.upsample` as long as no side shrinks.
     """
-    values = Image.fromarray(np.asarray(explanation_map, np.float32))
-    return np.asarray(values.resize(size[::-1], Image.Resampling.BILINEAR))
+    values, (height, width) = Image.fromarray(np.asarray(explanation_map, np.float32)), size
+    return np.asarray(values.resize((width, height), Image.Resampling.BILINEAR))
 
 
 def heatmap(
@@ -120,9 +120,8 @@ def _draw_bar(canvas: Image.Image, corner: tuple[int, int], colour_map: str) -> 
     (left, top), draw = corner, ImageDraw.Draw(canvas)
     colours = np.repeat(_colours(colour_map)[::-1, None], BAR_WIDTH, axis=1)
     canvas.paste(Image.fromarray(colours).resize((BAR_WIDTH, PANEL_HEIGHT)), corner)
-    for value in (0, 0.5, 1):
+    for value, anchor in ((0, "ld"), (0.5, "lm"), (1, "la")):
         y = top + (1 - value) * (PANEL_HEIGHT - 1)
-        anchor = {0: "ld", 1: "la"}.get(value, "lm")
         text = (left + BAR_WIDTH + 5, y)
         draw.text(text, f"{value:g}", fill="black", font=_font(12), anchor=anchor)
 

@@ -86,10 +86,8 @@ def load_explainer(
       FileNotFoundError: the folder is not a run, or has no checkpoint yet.
       ValueError: unknown method, or not one name for each class.
     """
-    run = load_run(run_dir, weights)
-    loaded = load_method(
-        method or run.config.variant, run.backbone, run.attention, **(method_config or {})
-    )
+    run, options = load_run(run_dir, weights), dict[str, Any](method_config or {})
+    loaded = load_method(method or run.config.variant, run.backbone, run.attention, **options)
     return Explainer(loaded, class_names or load_class_names(run_dir))
 
 

@@ -75,8 +75,8 @@ def tiles(picture: Image.Image, preprocessing: Preprocessing) -> list[View]:
     count, size = math.ceil(long / short), preprocessing.image_size
     views = []
     for start in np.linspace(0, long - short, count).tolist():
-        corner = (start, 0.0) if picture.width == long else (0.0, start)
-        box = (*corner, corner[0] + short, corner[1] + short)
+        left, top = (start, 0.0) if picture.width == long else (0.0, start)
+        box = (left, top, left + short, top + short)
         pixels = np.asarray(picture.resize((size, size), resampling(preprocessing), box))
         views.append(View(pixels, box))
     return views

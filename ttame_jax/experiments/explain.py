@@ -106,7 +106,7 @@ def explain_files(config: ExplainConfig) -> None:
         config.method,
         backbone_config=config.backbone_config,
         method_config=config.method_config,
-        class_names=config.class_names and read_names(config.class_names),
+        class_names=None if config.class_names is None else read_names(config.class_names),
     )
     classes = _parse_classes(config.classes, explainer)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:

@@ -212,7 +212,7 @@ def _of_standardised(
         )
     if not (answer >= -1e-6).all() or answer.sum() > 1.001:
         raise ValueError("predict must return probabilities: apply a softmax to logits")
-    mean, std = (np.float32(values) for values in (preprocessing.mean, preprocessing.std))
+    mean, std = np.array([preprocessing.mean, preprocessing.std], np.float32)
 
     def of_standardised(standardised: jax.Array) -> jax.Array:
         images = (standardised * std + mean).astype(jnp.float32)
