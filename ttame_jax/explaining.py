@@ -105,8 +105,6 @@ def open_explainer(
         raise ValueError("give a run, or a backbone to explain without training")
     if isinstance(backbone, str):
         chosen = preset(backbone).weights if weights is None else weights
-        if chosen is None:
-            raise ValueError(f"{backbone} has no published weights: give a file (--weights)")
         settings: dict[str, Any] = dict(backbone_config or {})
         backbone = load_backbone(backbone, chosen, **settings)
     return Explainer(load_method(method or METHOD, backbone, **options), class_names)
