@@ -124,3 +124,12 @@ def test_a_run_or_a_backbone_is_needed(run, squeezenet, photograph):
         ttame_jax.explain(photograph, run=run, backbone=squeezenet)
     with pytest.raises(ValueError, match="view must be whole or crop, not 'half'"):
         ttame_jax.explain(photograph, backbone=squeezenet, view="half")
+
+
+@pytest.mark.parametrize(
+    ("method", "message"), [("transformer_lrp", "ViT"), ("ttame", "train one"), ("lime", "unknown")]
+)
+def test_what_does_not_apply_is_refused_before_weights_are_loaded(method, message, monkeypatch):
+    monkeypatch.setattr("ttame_jax.explaining.load_backbone", None)
+    with pytest.raises(ValueError, match=message):
+        open_explainer(backbone="resnet18", weights="torchvision", method=method)

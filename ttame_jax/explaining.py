@@ -15,7 +15,7 @@ from ttame_jax.explainer import Classes, Explainer, Picture
 from ttame_jax.explanation import Explanation
 from ttame_jax.methods import load_method
 from ttame_jax.runs import load_explainer
-from ttame_jax.weights import load_backbone
+from ttame_jax.weights import abstract_backbone, load_backbone
 
 METHOD = "gradcam"
 """The method that explains a backbone without a run, unless another is given."""
@@ -106,5 +106,7 @@ def open_explainer(
     if isinstance(backbone, str):
         chosen = preset(backbone).weights if weights is None else weights
         settings: dict[str, Any] = dict(backbone_config or {})
+        if chosen is not None and not Path(chosen).is_file():  # refused before a download
+            load_method(method or METHOD, abstract_backbone(backbone, **settings), **options)
         backbone = load_backbone(backbone, chosen, **settings)
     return Explainer(load_method(method or METHOD, backbone, **options), class_names)
