@@ -17,6 +17,7 @@ from ttame_jax.experiments.compare import CompareConfig, compare
 from ttame_jax.experiments.evaluate import EvaluateConfig, evaluate
 from ttame_jax.experiments.explain import ExplainConfig, explain_files
 from ttame_jax.experiments.lr_find import Grid, lr_find
+from ttame_jax.experiments.serve import ServeConfig, serve_page
 from ttame_jax.experiments.train import train
 from ttame_jax.startup import Processes, joined, use_compilation_cache
 
@@ -27,6 +28,11 @@ def explain(config: Annotated[ExplainConfig, tyro.conf.arg(name="")]) -> None:
     Writes NAME.png (a picture) and NAME.npz (maps, classes, probabilities, labels) for every image.
     """
     explain_files(config)
+
+
+def serve(config: Annotated[ServeConfig, tyro.conf.arg(name="")]) -> None:
+    """Serve a page that explains photographs live; needs the extra [serve]."""
+    serve_page(config)
 
 
 def _evaluate(
@@ -130,6 +136,7 @@ def main(args: Sequence[str] | None = None) -> None:
             "train": _train_command(default),
             "lr-find": _lr_find_command(default),
             "explain": explain,
+            "serve": serve,
             "evaluate": _evaluate,
             "compare": _compare,
             "curves": curves,
