@@ -82,7 +82,11 @@ CONVERT = "convert backbone vit --weights {}/"
         ("explain {}/empty --run {}/run --output {}/out", 2, "no images in"),
         ("explain {}/image.png --output {}/out", 2, "give a run, or a backbone"),
         (f"{EXPLAIN} --backbone vgg16", 2, "give either a run or a backbone"),
-        ("explain {}/image.png --backbone digits_vit --output {}/out", 2, "has no weights for digits_vit"),
+        (
+            "explain {}/image.png --backbone digits_vit --output {}/out",
+            2,
+            "has no weights for digits_vit",
+        ),
         (f"{EXPLAIN} --opacity 1.5", 2, "--opacity must lie in 0 to 1"),
         (f"{EXPLAIN} --opacity nan", 2, "--opacity must lie in 0 to 1"),
         (f"{EXPLAIN} --colour-map rainbows", 2, "no colour map 'rainbows'"),

@@ -37,6 +37,22 @@ def _explain(args: Arguments) -> Command:
     return explain
 
 
+def _serve(args: Arguments) -> Command:
+    """Serve a page that explains photographs live."""
+    import tyro
+
+    from ttame_jax.experiments.serve import ServeConfig, serve_page
+
+    def serve(config: Annotated[ServeConfig, tyro.conf.arg(name="")]) -> None:
+        """Serve a page that explains photographs live; needs the extra [serve].
+
+        $ ttame serve --run runs/vit_b16
+        """
+        serve_page(config)
+
+    return serve
+
+
 def _train(args: Arguments) -> Command:
     """Train an attention mechanism for a frozen classifier, or resume its run."""
     import tyro
@@ -208,6 +224,7 @@ def _demo(args: Arguments) -> Command:
 
 COMMANDS: dict[str, Callable[[Arguments], Command]] = {
     "explain": _explain,
+    "serve": _serve,
     "train": _train,
     "evaluate": _evaluate,
     "compare": _compare,

@@ -16,6 +16,7 @@ EXTRAS = {
     "grain": "train",
     "tensorflow_datasets": "train",
     "tensorboardX": "train",
+    "gradio": "serve",
     "jinja2": "demo",
     "sklearn": "demo",
 }

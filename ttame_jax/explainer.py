@@ -115,17 +115,29 @@ class Explainer:
             picture is too elongated to be shown as a whole.
         """
         opened = open_picture(_as_pil(picture), max_pixels)
-        preprocessing, any_size = self.backbone.preprocessing, self.backbone.any_size
         if view not in (None, "whole", "crop"):
             raise ValueError(f"view must be whole or crop, not {view!r}")
-        if view == "whole" and not any_size:
+        if view == "whole" and not self.backbone.any_size:
             return self._explain_tiles(opened, classes)
-        whole = any_size and view != "crop"
-        shown = (whole_view if whole else crop_view)(opened, preprocessing)
+        shown = self.view(opened, view)
         explained = jax.device_get(self(_batch([shown]), classes))
         return self._explanation(
             opened, explained.maps[0], explained.classes[0], explained.probabilities[0], shown.box
         )
+
+    def view(self, picture: Image.Image, view: ViewName | None = None) -> View:
+        """What the classifier is shown of an RGB picture in one input.
+
+        Args:
+          picture: the picture.
+          view: as for `explain_picture`. Classifiers that take inputs of one size are shown the
+            centre crop.
+
+        Raises:
+          ValueError: the picture is too elongated to be shown as a whole.
+        """
+        whole = self.backbone.any_size and view != "crop"
+        return (whole_view if whole else crop_view)(picture, self.backbone.preprocessing)
 
     def class_ids(self, classes: Sequence[int | str]) -> list[int]:
         """The ids of classes that are given by id, name or WordNet id.

@@ -31,11 +31,9 @@ AHEAD = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExplainConfig:
-    """Images to explain, a classifier and a method."""
+class ExplainerConfig:
+    """A classifier and a method."""
 
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files, or folders of them."""
     run: Path | None = None
     """Folder of a run, as ttame train wrote it."""
     backbone: str | None = None
@@ -50,22 +48,10 @@ class ExplainConfig:
             f"own, or {METHOD} without a run."
         ),
     ] = None
-    classes: str = "predicted"
-    """Classes to explain: predicted, top5 (or another number), all, or ids and names, separated by
-    commas."""
-    output: Path = Path("explained")
-    """Folder for the results."""
     view: ViewName | None = None
     """What the classifier is shown: the whole picture, or the centre crop of its evaluation. The
     default is whole for classifiers that take inputs of any size, and crop for others, which are
     shown square tiles for whole."""
-    style: Style = "figure"
-    """What is drawn: a figure with all classes; or, of the first class and at the picture's size,
-    its overlay, its heatmap, or a transparent heatmap."""
-    opacity: float = pictures.OPACITY
-    """Share of the heatmap in an overlay, from 0 to 1."""
-    colour_map: str = pictures.COLOUR_MAP
-    """Colour map of Matplotlib: inferno, viridis, turbo, or jet as in the paper."""
     class_names: Path | None = None
     """File with one class name per line. The default is the run's, or ImageNet's for 1000 classes."""
     backbone_config: dict[str, int | str] = dataclasses.field(default_factory=dict)
@@ -76,10 +62,46 @@ class ExplainConfig:
     """Images with more pixels are refused."""
 
     def __post_init__(self):
-        if not 0 <= self.opacity <= 1:
-            raise ValueError(f"--opacity must lie in 0 to 1, not {self.opacity}")
         if self.max_pixels < 1:
             raise ValueError(f"--max-pixels must be at least 1, not {self.max_pixels}")
+
+    def open(self) -> Explainer:
+        """Loads the explainer. Errors are those of `open_explainer`."""
+        names = None if self.class_names is None else read_names(self.class_names)
+        return open_explainer(
+            self.run,
+            self.backbone,
+            self.weights,
+            self.method,
+            backbone_config=self.backbone_config,
+            method_config=self.method_config,
+            class_names=names,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExplainConfig(ExplainerConfig):
+    """Images to explain, a classifier and a method."""
+
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files, or folders of them."""
+    classes: str = "predicted"
+    """Classes to explain: predicted, top5 (or another number), all, or ids and names, separated by
+    commas."""
+    output: Path = Path("explained")
+    """Folder for the results."""
+    style: Style = "figure"
+    """What is drawn: a figure with all classes; or, of the first class and at the picture's size,
+    its overlay, its heatmap, or a transparent heatmap."""
+    opacity: float = pictures.OPACITY
+    """Share of the heatmap in an overlay, from 0 to 1."""
+    colour_map: str = pictures.COLOUR_MAP
+    """Colour map of Matplotlib: inferno, viridis, turbo, or jet as in the paper."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.opacity <= 1:
+            raise ValueError(f"--opacity must lie in 0 to 1, not {self.opacity}")
         pictures.check_colour_map(self.colour_map)
 
 
@@ -99,15 +121,7 @@ def explain_files(config: ExplainConfig) -> None:
     check_output_folder(config.output)
     images = _find_images([Path(path) for path in config.images], config.output)
     stems = _output_stems(images, config.output)
-    explainer = open_explainer(
-        config.run,
-        config.backbone,
-        config.weights,
-        config.method,
-        backbone_config=config.backbone_config,
-        method_config=config.method_config,
-        class_names=None if config.class_names is None else read_names(config.class_names),
-    )
+    explainer = config.open()
     classes = _parse_classes(config.classes, explainer)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
         # All at once, so that a bad file is found before a slow method starts.
