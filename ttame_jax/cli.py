@@ -16,6 +16,7 @@ from ttame_jax.errors import one_line_errors
 from ttame_jax.experiments.compare import CompareConfig, compare
 from ttame_jax.experiments.evaluate import EvaluateConfig, evaluate
 from ttame_jax.experiments.explain import ExplainConfig, explain_files
+from ttame_jax.experiments.export import ExportConfig, export_run
 from ttame_jax.experiments.lr_find import Grid, lr_find
 from ttame_jax.experiments.train import train
 from ttame_jax.startup import Processes, joined, use_compilation_cache
@@ -27,6 +28,11 @@ def explain(config: Annotated[ExplainConfig, tyro.conf.arg(name="")]) -> None:
     Writes NAME.png (a picture) and NAME.npz (maps, classes, probabilities, labels) for every image.
     """
     explain_files(config)
+
+
+def export(config: Annotated[ExportConfig, tyro.conf.arg(name="")]) -> None:
+    """Export a run as one file: StableHLO that loads with JAX alone, or ONNX."""
+    export_run(config)
 
 
 def _evaluate(
@@ -135,6 +141,7 @@ def main(args: Sequence[str] | None = None) -> None:
             "curves": curves,
             "prepare": prepare,
             "convert": convert,
+            "export": export,
             "demo": demo,
         }
         tyro.extras.subcommand_cli_from_dict(

@@ -42,7 +42,7 @@ def onnx_model(explainer: Explainer, likeliest: int = 1) -> bytes:
       ValueError: see `program`.
       ImportError: the package onnx is not installed.
       Failure: the method has an operation that ONNX lacks, or its program depends on the number of
-        images or classes.
+        images.
     """
     try:
         import onnx
@@ -51,15 +51,15 @@ def onnx_model(explainer: Explainer, likeliest: int = 1) -> bytes:
     if explainer.backbone.dtype != np.float32:
         raise Failure(f"ONNX needs a float32 backbone, not {explainer.backbone.dtype}")
     explain, shapes = program(explainer, likeliest)
+    jaxpr, structs = jax.make_jaxpr(explain, return_shape=True)(*shapes)
+    graph = Graph(dict(zip(INPUTS, shapes)))
     try:
-        traced = jax.make_jaxpr(explain, return_shape=True)(*shapes)
-        graph = Graph(dict(zip(INPUTS, shapes)))
-        values = graph.run(traced[0], [graph.inputs[name] for name in INPUTS])
+        values = graph.run(jaxpr, [graph.inputs[name] for name in INPUTS])
     except Unsupported as error:
         raise Failure(f"{explainer.method.name} cannot be exported to ONNX: {error}") from None
-    named = dict(zip(sorted(OUTPUTS), zip(values, jax.tree.leaves(traced[1]))))
-    model = graph.model({name: named[name] for name in OUTPUTS})
-    details = metadata(explainer, traced[1]["maps"].shape[2:])
+    outputs = jax.tree.unflatten(jax.tree.structure(structs), values)
+    model = graph.model({name: (outputs[name], structs[name]) for name in OUTPUTS})
+    details = metadata(explainer, structs["maps"].shape[2:])
     onnx.helper.set_model_props(model, {key: json.dumps(v) for key, v in details.items()})
     return model.SerializeToString()
 
@@ -136,7 +136,8 @@ class Graph:
 
         def read(atom):
             if isinstance(atom, Literal):
-                return constant(np.asarray(atom.val, atom.aval.dtype))
+                aval: Any = atom.aval
+                return constant(np.asarray(atom.val, aval.dtype))
             return values[atom]
 
         for equation in jaxpr.eqns:
@@ -291,8 +292,7 @@ def _stored(value: Value, axis: int) -> int:
 
 def _evaluated(equation, inputs: Sequence[Value]) -> list[Value]:
     arrays = [
-        np.broadcast_to(value.data, atom.aval.shape)
-        for value, atom in zip(inputs, equation.invars)
+        np.broadcast_to(value.data, atom.aval.shape) for value, atom in zip(inputs, equation.invars)
     ]
     with jax.default_matmul_precision("highest"):
         results = equation.primitive.bind(*arrays, **equation.params)
@@ -315,11 +315,11 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def pointwise(op: str, graph: Graph, *values: Value, **attributes: Any) -> Value:
     """A node that broadcasts its inputs."""
-    values, nchw = graph.same_layout(values)
-    rank = max(len(value.shape) for value in values)
-    shapes = [value.shape or (1,) * rank for value in values]
+    inputs, nchw = graph.same_layout(values)
+    rank = max(len(value.shape) for value in inputs)
+    shapes = [value.shape or (1,) * rank for value in inputs]
     shape = [next((size for size in sizes if size != 1), 1) for sizes in zip(*shapes)]
-    return graph.node(op, values, shape, nchw, **attributes)
+    return graph.node(op, inputs, shape, nchw, **attributes)
 
 
 POINTWISE = {
@@ -577,7 +577,7 @@ def _max_pool(
     window_dilation,
 ):
     spatial = slice(1, 3)
-    if len(x.shape) != 4 or set((*base_dilation, *window_dilation)) != {1}:
+    if len(x.shape) != 4 or {*base_dilation, *window_dilation} != {1}:
         raise Unsupported("only plain max-pools can be exported")
     (top, bottom), (left, right) = padding[spatial]
     return graph.node(
@@ -632,6 +632,13 @@ def _size(shape: Sequence[Any]) -> Any:
     return size
 
 
-BROADCASTING = {*POINTWISE, "broadcast_in_dim", "convert_element_type", "erfc", "integer_pow", "max"}
+BROADCASTING = {
+    *POINTWISE,
+    "broadcast_in_dim",
+    "convert_element_type",
+    "erfc",
+    "integer_pow",
+    "max",
+}
 BROADCASTING |= {"ne", "rsqrt", "select_n", "square", "stop_gradient", "copy", "copy_p"}
 """JAX operations whose rules take inputs that still have to be broadcast."""

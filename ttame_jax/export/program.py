@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ttame_jax.errors import Failure
 from ttame_jax.explainer import Explainer
 
 Outputs = dict[str, jax.Array]
@@ -34,6 +35,7 @@ def program(
 
     Raises:
       ValueError: there are not so many classes.
+      Failure: the method's program depends on the number of images; raised by the function.
     """
     method, backbone = explainer.method, explainer.backbone
     if not 0 < likeliest <= backbone.num_classes:
@@ -46,7 +48,13 @@ def program(
         logits, features = backbone(backbone.preprocessing.standardise(images))
         first = jax.lax.top_k(logits, likeliest)[1]
         # Explained together, so that methods that run the backbone again do so once.
-        maps = method.explain_features(images, features, jnp.concatenate([first, classes], axis=1))
+        both = jnp.concatenate([first, classes], axis=1)
+        try:
+            maps = method.explain_features(images, features, both)
+        except jax.errors.InconclusiveDimensionOperation as error:
+            raise Failure(
+                f"{method.name} cannot be exported: its program depends on the number of images"
+            ) from error
         return dict(zip(OUTPUTS, (logits, maps[:, likeliest:], first, maps[:, :likeliest])))
 
     batch, count = jax.export.symbolic_shape("b, k")
@@ -64,8 +72,8 @@ def metadata(explainer: Explainer, map_size: tuple[int, int]) -> dict[str, Any]:
 
     Returns:
       Values for JSON: ``backbone``, ``method`` (of a trained mechanism, its variant),
-      ``class_names`` (None if there are none), ``num_classes``, ``preprocessing`` (its standard-
-      isation is part of the exported function), ``map_size`` and ``ttame_jax`` (the version).
+      ``class_names`` (None if there are none), ``num_classes``, ``preprocessing`` (the standardisation
+      is part of the exported function), ``map_size`` and ``ttame_jax`` (the version).
     """
     backbone, preprocessing = explainer.backbone, explainer.backbone.preprocessing
     values = {

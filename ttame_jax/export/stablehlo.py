@@ -6,7 +6,6 @@ import zipfile
 
 import jax
 
-from ttame_jax.errors import Failure
 from ttame_jax.explainer import Explainer
 
 from .program import metadata, program
@@ -32,17 +31,11 @@ def stablehlo(explainer: Explainer, likeliest: int = 1) -> bytes:
 
     Raises:
       ValueError: see `program`.
-      Failure: the method's program depends on the number of images or classes.
+      Failure: the method's program depends on the number of images.
     """
     explain, shapes = program(explainer, likeliest)
-    try:
-        exported = jax.export.export(jax.jit(explain), platforms=PLATFORMS)(*shapes)
-    except (jax.errors.ConcretizationTypeError, TypeError, ValueError) as error:
-        raise Failure(
-            f"{explainer.method.name} cannot be exported: its program depends on the number of "
-            "images or classes"
-        ) from error
-    _, maps, _, _ = exported.out_avals
+    exported = jax.export.export(jax.jit(explain), platforms=PLATFORMS)(*shapes)
+    maps = jax.tree.unflatten(exported.out_tree, exported.out_avals)["maps"]
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as files:  # weights hardly compress
         files.writestr(PROGRAM, bytes(exported.serialize()))
