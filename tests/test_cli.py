@@ -21,7 +21,8 @@ def test_help_names_every_command():
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "explain", "lr-find", "evaluate", "compare", "curves", "prepare", "demo"]
+    "command",
+    ["train", "explain", "export", "lr-find", "evaluate", "compare", "curves", "prepare", "demo"],
 )
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -353,7 +353,7 @@ for name, op in POINTWISE.items():
     RULES[name] = lambda graph, output, *values, op=op, **_: pointwise(op, graph, *values)
 
 
-@rule("stop_gradient", "copy", "copy_p", "optimization_barrier", "reduce_precision")
+@rule("stop_gradient", "copy", "copy_p")
 def _same(graph, output, value, **_):
     return value
 
@@ -450,11 +450,6 @@ def _squeeze(graph, output, x, dimensions):
     return graph.node("Squeeze", [graph.plain(x), constant(np.array(dimensions))], output.shape)
 
 
-@rule("expand_dims")
-def _expand_dims(graph, output, x, dimensions):
-    return graph.node("Unsqueeze", [graph.plain(x), constant(np.array(dimensions))], output.shape)
-
-
 @rule("transpose")
 def _transpose(graph, output, x, permutation):
     return graph.permuted(x, permutation)
@@ -525,12 +520,12 @@ def _gather(graph, output, x, indices, dimension_numbers, slice_sizes, **_):
 
 
 @rule("top_k")
-def _top_k(graph, output, x, k, operand=None, **_):
+def _top_k(graph, output, x, k, **_):
+    from onnx import TensorProto
+
     shape = output.shape
     count = constant(np.array([k]))
     values, indices = graph.multiple("TopK", [graph.plain(x), count], [shape, shape])
-    from onnx import TensorProto
-
     return [values, pointwise("Cast", graph, indices, to=TensorProto.INT32)]
 
 
