@@ -72,7 +72,6 @@ def to_torch(
     *,
     output: Path,
     module: bool = False,
-    onnx: bool = False,
     library: Library | None = None,
     weights: str | None = None,
 ) -> None:
@@ -86,13 +85,12 @@ def to_torch(
       output: Folder for the files, created here.
       module: Also write explainer.py and explainer.pt, a module of backbone and attention that
         needs only PyTorch and the backbone's library.
-      onnx: Also write explainer.onnx, from images to logits and the maps of the predicted classes.
       library: Library of the module's backbone; by default torchvision, or else timm.
       weights: Weights of the backbone, if they are no longer where the run found them.
     """
     from ttame_jax.convert.export import run_to_torch
 
-    lines = run_to_torch(run, output, library=library, module=module, onnx=onnx, weights=weights)
+    lines = run_to_torch(run, output, library=library, module=module, weights=weights)
     print(f"{output}:")
     for line in lines:
         print(f"  {line}")

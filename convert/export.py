@@ -1,10 +1,7 @@
-"""Exports a run as PyTorch files: state dicts, the authors' checkpoint, a module, ONNX."""
+"""Exports a run as PyTorch files: state dicts, the authors' checkpoint, a module."""
 
 import json
-import logging
 import pprint
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ from .authors import (
     obstacle,
 )
 from .modules import libraries, module_config
-from .pytorch import INSTALL, import_torch
+from .pytorch import import_torch
 from .pytorch.checkpoints import torch_state
 from .pytorch.torch_import import import_torchvision
 
@@ -33,7 +30,6 @@ def run_to_torch(
     *,
     library: str | None = None,
     module: bool = False,
-    onnx: bool = False,
     weights: str | None = None,
 ) -> list[str]:
     """Writes a run as PyTorch files into a new folder.
@@ -44,7 +40,6 @@ def run_to_torch(
       library: torchvision or timm, with which the module builds its backbone; by default the
         first that has it.
       module: whether to write also `explainer.py` and `explainer.pt`.
-      onnx: whether to write also `explainer.onnx`.
       weights: of the backbone, if they are no longer where the run found them.
 
     Returns:
@@ -54,7 +49,7 @@ def run_to_torch(
       ValueError: the output exists, or no library has the backbone.
       ImportError: PyTorch is not installed, and the module or the checkpoint needs it.
     """
-    if module or onnx:
+    if module:
         import_torch("the module")
     run = load_run(run_dir, weights)
     backbone, attention = run.backbone, run.attention
@@ -75,31 +70,22 @@ def run_to_torch(
             name = f"backbone.{layout}.safetensors"
             write_safetensors(folder / name, to_torch(backbone, layout), {"format": "pt"})
             lines.append(f"{name}: the backbone in {layout}'s layout")
-        if module or onnx:
-            lines += _write_module(folder, backbone, attention, library, module, onnx)
+        if module:
+            lines.append(_write_module(folder, backbone, attention, library))
     return lines
 
 
 def _write_module(
-    folder: Path,
-    backbone: Backbone,
-    attention: AttentionMechanism,
-    library: str | None,
-    module: bool,
-    onnx: bool,
-) -> Iterator[str]:
+    folder: Path, backbone: Backbone, attention: AttentionMechanism, library: str | None
+) -> str:
     config = explainer_config(backbone, attention, library)
-    if module:
-        template = Path(__file__).with_name("standalone.py").read_text()
-        literal = pprint.pformat(config, sort_dicts=False, width=96)
-        source = template.replace("CONFIG: dict = {}", f"CONFIG = {literal}")
-        (folder / "explainer.py").write_text(source)
-        state = explainer_state(backbone, attention, config["library"])
-        _save(torch_state(state), folder / "explainer.pt")
-        yield f"explainer.py, explainer.pt: a module that needs only torch and {config['library']}"
-    if onnx:
-        export_onnx(torch_explainer(backbone, attention, config), config, folder / "explainer.onnx")
-        yield "explainer.onnx: images [B, 3, H, W] in [0, 1] to logits and the predicted maps"
+    template = Path(__file__).with_name("standalone.py").read_text()
+    literal = pprint.pformat(config, sort_dicts=False, width=96)
+    source = template.replace("CONFIG: dict = {}", f"CONFIG = {literal}")
+    (folder / "explainer.py").write_text(source)
+    state = explainer_state(backbone, attention, config["library"])
+    _save(torch_state(state), folder / "explainer.pt")
+    return f"explainer.py, explainer.pt: a module that needs only torch and {config['library']}"
 
 
 def explainer_config(
@@ -145,35 +131,6 @@ def torch_explainer(backbone: Backbone, attention: AttentionMechanism, config: d
     explainer = Explainer(config)
     explainer.load_state_dict(torch_state(explainer_state(backbone, attention, config["library"])))
     return explainer
-
-
-def export_onnx(explainer, config: dict[str, Any], path: Path) -> None:
-    """Writes the module as ONNX for any batch size: `images` to `logits` and `maps`.
-
-    Raises:
-      ImportError: onnx or onnxscript is not installed.
-    """
-    torch = import_torch("ONNX")
-
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError:
-        raise ImportError(f"ONNX needs onnx and onnxscript: {INSTALL}") from None
-    size = config["image_size"]
-    images = torch.rand(2, 3, size, size)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(action="ignore"):
-        torch.onnx.export(
-            explainer,
-            (images,),
-            path,
-            input_names=["images"],
-            output_names=["logits", "maps"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
 
 
 def _save(content: Any, path: Path) -> None:

@@ -22,7 +22,10 @@ def test_help_names_every_command():
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "explain", "lr-find", "evaluate", "compare", "curves", "prepare", "demo", "serve"],
+    [
+        *["explain", "serve", "export", "train", "lr-find", "evaluate", "compare", "curves"],
+        *["prepare", "demo"],
+    ],
 )
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -53,6 +53,22 @@ def _serve(args: Arguments) -> Command:
     return serve
 
 
+def _export(args: Arguments) -> Command:
+    """Export a run as one file: StableHLO that loads with JAX alone, or ONNX."""
+    import tyro
+
+    from ttame_jax.experiments.export import ExportConfig, export_run
+
+    def export(config: Annotated[ExportConfig, tyro.conf.arg(name="")]) -> None:
+        """Export a run as one file: StableHLO that loads with JAX alone, or ONNX.
+
+        $ ttame export runs/vit_b16 --format stablehlo --output vit_b16.zip
+        """
+        export_run(config)
+
+    return export
+
+
 def _train(args: Arguments) -> Command:
     """Train an attention mechanism for a frozen classifier, or resume its run."""
     import tyro
@@ -225,6 +241,7 @@ def _demo(args: Arguments) -> Command:
 COMMANDS: dict[str, Callable[[Arguments], Command]] = {
     "explain": _explain,
     "serve": _serve,
+    "export": _export,
     "train": _train,
     "evaluate": _evaluate,
     "compare": _compare,

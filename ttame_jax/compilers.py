@@ -45,11 +45,13 @@ def in_groups(function: Callable[..., Any], images: jax.Array, *others: jax.Arra
 
     Returns:
       ``function(images, *others)``. On CPUs a group is the largest divisor of B images with at
-      most `CPU_PIXELS` pixels, or a single image.
+      most `CPU_PIXELS` pixels, or a single image. A symbolic batch is one group.
     """
     # The activations of a small group stay in the CPU's caches, which makes a classifier and its
     # gradient up to a fifth faster. Remove when XLA's CPU compiler tiles the batch itself.
     batch, height, width = images.shape[:3]
+    if jax.export.is_symbolic_dim(batch):  # of an exported program; its divisors are unknown
+        return function(images, *others)
     most = min(max(CPU_PIXELS // (height * width), 1), batch)
     size = next(n for n in range(most, 0, -1) if batch % n == 0)
     # Both branches are traced, which takes time. There is no choice to make for a single group, nor
@@ -89,7 +91,7 @@ def convolve(
     # XLA's CPU compiler does not recognise a 1x1 convolution as a matrix product, which is a third
     # faster. Remove when it does.
     if kernel.shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):
-        x = x[:, :: strides[0], :: strides[1]]
+        x = jax.lax.slice(x, (0, 0, 0, 0), x.shape, (1, *strides, 1))
         return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
     return _convolve(x, kernel, strides, padding)
 
@@ -163,15 +165,13 @@ def _shifted_products(x, kernel, strides):
     # and 3 to 50 times in the gradient of x. Remove when it has one.
     height, width = kernel.shape[:2]
     rows, columns = ((n - k) // s for n, k, s in zip(x.shape[1:3], kernel.shape, strides))
-    return sum(
-        x[
-            :,
-            i : i + rows * strides[0] + 1 : strides[0],
-            j : j + columns * strides[1] + 1 : strides[1],
-        ]
-        * kernel[i, j, 0]
-        for i, j in np.ndindex(height, width)
-    )
+
+    def shifted(i, j):
+        ends = (i + rows * strides[0] + 1, j + columns * strides[1] + 1)
+        limits = (x.shape[0], *ends, x.shape[3])
+        return jax.lax.slice(x, (0, i, j, 0), limits, (1, *strides, 1))
+
+    return sum(shifted(i, j) * kernel[i, j, 0] for i, j in np.ndindex(height, width))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))

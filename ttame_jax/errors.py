@@ -17,6 +17,7 @@ EXTRAS = {
     "tensorflow_datasets": "train",
     "tensorboardX": "train",
     "gradio": "serve",
+    "onnx": "onnx",
     "jinja2": "demo",
     "sklearn": "demo",
 }

@@ -1,4 +1,4 @@
-"""A run as PyTorch files: layouts, the authors' checkpoint, the standalone module, ONNX."""
+"""A run as PyTorch files: layouts, the authors' checkpoint, the standalone module."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from ttame_jax import load_explainer
 from ttame_jax.convert.authors import authors_nodes
-from ttame_jax.convert.export import explainer_config, export_onnx, run_to_torch, torch_explainer
+from ttame_jax.convert.export import run_to_torch
 from ttame_jax.convert.modules import libraries, module_config
 from ttame_jax.convert.pytorch import torch_import
 from ttame_jax.convert.pytorch.torch_import import import_torchvision
@@ -75,23 +75,6 @@ def test_a_constant_map_becomes_zero_in_the_module_too():
 
     maps = torch.stack([torch.full((3, 3), 2.0), torch.arange(9.0).view(3, 3)])[None]
     assert min_max_scale(maps)[0, 0].eq(0).all() and min_max_scale(maps)[0, 1].max() == 1
-
-
-def test_onnx_computes_the_same_maps_for_any_batch(make_run, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    make_run(tmp_path / "run")
-    run = load_run(tmp_path / "run")
-    model, attention = run.backbone, run.attention
-    config = explainer_config(model, attention)
-    export_onnx(torch_explainer(model, attention, config), config, tmp_path / "explainer.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "explainer.onnx")
-    images = random_images(model.preprocessing.image_size, 3)
-    logits, maps = session.run(None, {"images": images.transpose(0, 3, 1, 2)})
-    with jax.default_matmul_precision("highest"):
-        ours = load_explainer(tmp_path / "run")(images)
-    np.testing.assert_array_equal(logits.argmax(1), ours.classes[:, 0])
-    np.testing.assert_allclose(maps, ours.maps, atol=1e-5)
 
 
 def test_files_of_a_run(make_run, tmp_path):

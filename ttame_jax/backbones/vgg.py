@@ -79,7 +79,7 @@ class VGG(Backbone):
         return chain([*layers, ("head", self._classify)])
 
     def _classify(self, x, classes=None):
-        x = adaptive_average_pool(x, GRID).reshape(len(x), -1)
+        x = adaptive_average_pool(x, GRID).reshape(x.shape[0], -1)
         x = unfused_relu(self.fc2(unfused_relu(self.fc1(x))))
         return classify(self.head, x, classes)
 

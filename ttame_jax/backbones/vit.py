@@ -183,7 +183,7 @@ class ViT(Backbone):
 
     def embed(self, x: jax.Array) -> jax.Array:
         """Images [B, H, W, 3] -> tokens [B, prefix + N, D]: class token, registers, patches."""
-        batch, side, patch = len(x), self.side, self.architecture.patch_size
+        batch, side, patch = x.shape[0], self.side, self.architecture.patch_size
         # The convolution as a matrix product, whose gradient is many times faster.
         x = x.reshape(batch, side, patch, side, patch, 3).swapaxes(2, 3)
         x = self.patch_embed(x).reshape(batch, side**2, -1)
@@ -210,7 +210,7 @@ class ViT(Backbone):
 
     def feature_map(self, x: jax.Array) -> jax.Array:
         """[B, prefix + N, D] -> [B, sqrt N, sqrt N, D]: the patch tokens in their place."""
-        return x[:, self.prefix_tokens :].reshape(len(x), self.side, self.side, -1)
+        return x[:, self.prefix_tokens :].reshape(x.shape[0], self.side, self.side, -1)
 
     def check_size(self, height, width):
         size = self.preprocessing.image_size

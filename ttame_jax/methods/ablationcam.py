@@ -23,7 +23,7 @@ class AblationCAM(CAM, name="ablationcam", title="Ablation-CAM"):
         before, after = self.split()
         output, *rest = before(self.backbone.preprocessing.standardise(images))
         channels = output.shape[-1]
-        size = chunk_size(channels, len(images))
+        size = chunk_size(channels, images.shape[0])
 
         def without(chunk):  # channels [c] -> logits [c, B, K]
             keep = 1 - jax.nn.one_hot(chunk, channels, dtype=output.dtype)

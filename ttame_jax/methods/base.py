@@ -116,7 +116,7 @@ class Method(nnx.Module):
         self, images: jax.Array, features: Sequence[jax.Array], classes: jax.Array
     ) -> jax.Array:
         """The maps of images whose feature maps are known, which most methods cannot use."""
-        return self(images, jnp.broadcast_to(classes, (len(images), classes.shape[-1])))
+        return self(images, jnp.broadcast_to(classes, (images.shape[0], classes.shape[-1])))
 
 
 def compute_maps(

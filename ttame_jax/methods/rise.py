@@ -49,7 +49,7 @@ class RISE(Method, name="rise", title="RISE"):
 
     def __call__(self, images: jax.Array, classes: jax.Array) -> jax.Array:
         images = self.backbone.preprocessing.standardise(images)
-        size = chunk_size(self.masks, len(images))
+        size = chunk_size(self.masks, images.shape[0])
 
         def add(total, chunk):  # [B, K, H, W], mask numbers [c]
             masks = self.random_masks(chunk, images.shape[1:3])

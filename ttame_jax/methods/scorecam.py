@@ -49,7 +49,7 @@ class ScoreCAM(CAM, name="scorecam", title="Score-CAM"):
             logits = logits.reshape(*masks.shape[:2], -1)
             return jnp.take_along_axis(logits, classes[None], axis=-1)
 
-        size = chunk_size(len(channels), len(images))
+        size = chunk_size(len(channels), images.shape[0])
         scores = jax.lax.map(score, channels.reshape(-1, size, *channels.shape[1:]))
         scores = scores.reshape(-1, *classes.shape)  # [C, B, K]
         return self.combine(output, jnp.moveaxis(jax.nn.softmax(scores, axis=0), 0, -1))

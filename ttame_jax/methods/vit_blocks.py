@@ -74,7 +74,7 @@ def run_block(
 
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
     """[N, D] -> [h, N, d]."""
-    return x.reshape(len(x), num_heads, -1).swapaxes(0, 1)
+    return x.reshape(x.shape[0], num_heads, -1).swapaxes(0, 1)
 
 
 def join_heads(x: jax.Array) -> jax.Array:
