@@ -140,9 +140,7 @@ def run(options: Options) -> dict[str, Any]:
 
 def killed(name: str, numbers: Sequence[int], place: Path, rng: random.Random) -> dict[str, Any]:
     """Kills a command once for each number. Returns what was found."""
-    start = time.perf_counter()
-    expected = finish(COMMANDS[name], place, place / name)
-    seconds = time.perf_counter() - start
+    expected, seconds = finish(COMMANDS[name], place, place / name)
     report: dict[str, Any] = {
         "kills": 0,
         "seconds": seconds,
@@ -161,19 +159,21 @@ def killed(name: str, numbers: Sequence[int], place: Path, rng: random.Random) -
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
         report["left_over"] += sum(path.name.startswith(".") for path in files(output))
-        found = finish(COMMANDS[name], place, output)
+        found, _ = finish(COMMANDS[name], place, output)
         differing = sorted(k for k in {*expected, *found} if expected.get(k) != found.get(k))
         if differing:
             report["different"].append({"moment": moment, "files": differing})
     return report
 
 
-def finish(command: Callable, place: Path, output: Path) -> dict[str, str]:
-    """Runs a command to its end. Returns what it has left."""
+def finish(command: Callable, place: Path, output: Path) -> tuple[dict[str, str], float]:
+    """Runs a command to its end. Returns what it has left, and its time in seconds."""
+    start = time.perf_counter()
     wait(fork(command, place, output), output)
+    seconds = time.perf_counter() - start
     answer = output.with_suffix(".contents")
     wait(fork(describe, output, answer), answer)
-    return json.loads(answer.read_text())
+    return json.loads(answer.read_text()), seconds
 
 
 def wait(child: int, output: Path) -> None:

@@ -41,6 +41,7 @@ def run(options: Options) -> dict:
     batch = shard_batch(jax.device_get(noise(options)), mesh)
 
     def compile_step():
+        optimizer = one_cycle_sgd(OneCycle(1e-3, 10**6))  # a new one: the step is traced anew
         step = make_train_step(backbone, attention, optimizer, mesh, backbone.masking, LossConfig())
         return step.lower(state, backbone_state, batch).compile()
 

@@ -18,9 +18,11 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
-# Compiled programs are kept for these tests and the processes that they start, and not longer.
-COMPILED = tempfile.TemporaryDirectory(prefix="ttame-compiled-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+# Compiled programs are kept for these tests and the processes that they start, the workers among
+# them, and not longer.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="ttame-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import gc

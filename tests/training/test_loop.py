@@ -28,8 +28,10 @@ from ttame_jax.runs import (
     load_run,
     save_attention,
 )
+from ttame_jax.training import loop
 from ttame_jax.training import step as step_module
 from ttame_jax.training.loop import Diverged, Trainer, preemption
+from ttame_jax.training.optimizer import one_cycle_sgd
 from ttame_jax.weights import load_backbone, save_backbone
 
 
@@ -281,6 +283,7 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_it(config, monkeypatch):
         return total * jnp.nan, terms
 
     monkeypatch.setattr(step_module, "total_loss", spoilt)
+    monkeypatch.setattr(loop, "_optimizer", one_cycle_sgd)  # so that no other run has its step
     config = dataclasses.replace(config, log_every=1, checkpoint_every=2)
     with pytest.raises(Diverged, match="at step 2, with a learning rate of .* nothing was saved"):
         train(config)

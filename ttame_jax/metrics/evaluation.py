@@ -1,11 +1,13 @@
 """Measures an explanation method image by image, data-parallel, and averages over the images."""
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from ttame_jax.data import Source, evaluation_batches
@@ -62,7 +64,7 @@ class Evaluator:
         if needing_boxes and not source.has_boxes:
             raise ValueError(f"{source} has no boxes: remove the metric {needing_boxes[0]!r}")
         self._boxes = bool(needing_boxes)
-        self._step = self._compile(loaded)
+        self._step = _compiled(nnx.graphdef(method), self.mesh, self.masking, self.metrics)
 
     def __call__(self, state: nnx.State | None = None) -> Rows:
         """Returns the rows of all images. `state` replaces the method's own, as in training."""
@@ -94,24 +96,27 @@ class Evaluator:
             rows, valid = gather((rows, batch["valid"]))
             yield {name: values[valid] for name, values in rows.items()}
 
-    def _compile(self, metrics: Sequence[Metric]):
-        graph = nnx.graphdef(self.method)
 
-        def step(state, batch, key):
-            method = nnx.merge(graph, state)
-            return _measure(method, batch, key, self.masking, metrics)
+@functools.lru_cache(maxsize=8)
+def _compiled(
+    graph: nnx.GraphDef, mesh: Mesh, masking: Masking, metrics: tuple[str, ...]
+) -> jax.stages.Wrapped:
+    """Measures a batch; the same program for every evaluator of the same structure.
 
-        # ROAD's solver iterates on each device until that device's images converge, which the
-        # check of varying manual axes cannot follow.
-        return jax.jit(
-            jax.shard_map(
-                step,
-                mesh=self.mesh,
-                in_specs=(P(), P(AXIS), P()),
-                out_specs=P(AXIS),
-                check_vma=False,
-            )
+    Tracing takes seconds, and a search over learning rates has an evaluator for each rate.
+    """
+    loaded = load_metrics(metrics)
+
+    def step(state, batch, key):
+        return _measure(nnx.merge(graph, state), batch, key, masking, loaded)
+
+    # ROAD's solver iterates on each device until that device's images converge, which the
+    # check of varying manual axes cannot follow.
+    return jax.jit(
+        jax.shard_map(
+            step, mesh=mesh, in_specs=(P(), P(AXIS), P()), out_specs=P(AXIS), check_vma=False
         )
+    )
 
 
 def _measure(

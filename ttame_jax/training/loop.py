@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,10 @@ from ttame_jax.weights.transfer import digest
 
 Validate = Callable[[TrainState], dict[str, float]]
 """Computes the validation metrics of a state, by name (``AD_15`` and ``IC_15`` among them)."""
+
+
+_optimizer = functools.lru_cache(maxsize=8)(one_cycle_sgd)
+"""Plans of the same cycle share their optimizer, and therefore their step."""
 
 
 PATIENCE = 3
@@ -191,7 +196,7 @@ class Trainer:
         steps_per_epoch = len(self.source) // batch_size
         total_steps = config.epochs * steps_per_epoch
         cycle = OneCycle(config.peak_learning_rate(batch_size), total_steps)
-        optimizer = one_cycle_sgd(cycle)
+        optimizer = _optimizer(cycle)
         step = make_train_step(
             self.backbone,
             self.attention,

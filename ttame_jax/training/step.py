@@ -1,6 +1,7 @@
 """The compiled training step, data-parallel over one device mesh."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -55,14 +56,27 @@ def make_train_step(
     losses, gradients and running statistics are averaged over the devices. Each device has the
     same number of images and both recipes are means over images, so this is the batch's loss.
 
+    The same optimizer and modules of the same structure give the same step, which is traced once.
+
     Returns:
       ``step(state, backbone_state, images) -> (state, metrics)``; ``images`` uint8
       ``[B, H, W, 3]`` sharded on the batch, ``backbone_state`` from ``nnx.split(backbone)``,
       ``metrics`` scalars (loss, cross_entropy, area, variation). The state is donated.
     """
-    backbone_graph = nnx.graphdef(backbone)
-    attention_graph = nnx.graphdef(attention)
+    graphs = nnx.graphdef(backbone), nnx.graphdef(attention)
+    return _compiled(*graphs, optimizer, mesh, masking, loss_config, synchronise)
 
+
+@functools.lru_cache(maxsize=8)
+def _compiled(
+    backbone_graph: nnx.GraphDef,
+    attention_graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    masking: Masking,
+    loss_config: LossConfig,
+    synchronise: bool,
+) -> jax.stages.Wrapped:
     def loss_fn(params, batch_stats, backbone_state, images):
         classify = nnx.merge(backbone_graph, backbone_state)
         mechanism = nnx.merge(attention_graph, params, batch_stats, copy=True)
