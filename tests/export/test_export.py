@@ -25,7 +25,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "export.md"
 BACKBONES = {
     "vit": TINY,
     "squeezenet1_1": {"image_size": 64, "num_classes": 5},
-    "resnet18": {"image_size": 64, "num_classes": 5},
+    "resnet18": {"image_size": 32, "num_classes": 5},
     "efficientnet_b0": {"image_size": 32, "num_classes": 5},
 }
 
@@ -83,8 +83,8 @@ def check(explainer, exporter, runner, folder):
 
 @pytest.mark.parametrize(
     ("name", "format"),
-    [(name, format) for name in ("vit", "squeezenet1_1", "resnet18") for format in FORMATS]
-    + [("efficientnet_b0", "onnx")],
+    [(name, "onnx") for name in BACKBONES]  # each has operations of its own
+    + [("vit", "stablehlo"), ("squeezenet1_1", "stablehlo")],
 )
 def test_an_exported_explainer_computes_the_same(name, format, make_explainer, tmp_path):
     if format == "onnx":
@@ -93,7 +93,7 @@ def test_an_exported_explainer_computes_the_same(name, format, make_explainer, t
         check(make_explainer(name), *FORMATS[format], tmp_path)
 
 
-@pytest.mark.parametrize("name", ["vit", "resnet18"])
+@pytest.mark.parametrize("name", ["vit", "squeezenet1_1"])
 def test_gradients_are_part_of_a_stablehlo_program(name, make_explainer, tmp_path):
     with jax.default_matmul_precision("highest"):
         check(make_explainer(name, "gradcam"), *FORMATS["stablehlo"], tmp_path)

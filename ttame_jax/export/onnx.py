@@ -288,10 +288,27 @@ def _stored(value: Value, axis: int) -> int:
     return TO_NCHW.index(axis) if value.nchw else axis
 
 
+NUMPY: dict[str, Callable[..., np.ndarray]] = {
+    "add": np.add,
+    "div": np.divide,
+    "mul": np.multiply,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "sub": np.subtract,
+}
+"""What BatchNorms are folded with. JAX would compile each operation for each number of channels."""
+
+
 def _evaluated(equation, inputs: Sequence[Value]) -> list[Value]:
     arrays = [
         np.broadcast_to(value.data, atom.aval.shape) for value, atom in zip(inputs, equation.invars)
     ]
+    function = NUMPY.get(equation.primitive.name)
+    if function and arrays[0].dtype == np.float32:
+        return [constant(function(*arrays))]
+    if equation.primitive.name in ("reshape", "squeeze"):
+        return [constant(arrays[0].reshape(equation.outvars[0].aval.shape))]
+    if equation.primitive.name == "broadcast_in_dim" and not arrays[0].ndim:
+        return [constant(np.broadcast_to(arrays[0], equation.outvars[0].aval.shape))]
     with jax.default_matmul_precision("highest"):
         results = equation.primitive.bind(*arrays, **equation.params)
     return [constant(x) for x in (results if equation.primitive.multiple_results else [results])]
