@@ -313,6 +313,7 @@ def serving(
     """
     with tempfile.TemporaryDirectory(prefix="ttame-serve-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
+        _gradio().routes.DEFAULT_TEMP_DIR = folder  # read from the environment at its import
         page = build_page(live, Path(folder))
         try:
             _, address, _ = page.queue(max_size=SESSIONS).launch(
