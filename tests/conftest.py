@@ -28,6 +28,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 import gc
 
 import hypothesis
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -40,6 +41,13 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 # Traced programs are many small objects that stay: collecting them often takes minutes in all.
 gc.set_threshold(100_000, 50, 100)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Frees the memory of a file's programs: hardly any is used by the next file."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
