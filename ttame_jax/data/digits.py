@@ -90,7 +90,7 @@ def draw(original: np.ndarray, rng: np.random.Generator) -> tuple[Image.Image, l
     height, width = ink.shape
     top = int(rng.integers(1, CANVAS - height))
     left = int(rng.integers(1, CANVAS - width))
-    coverage = Image.fromarray(np.uint8(255 * ink))
+    coverage = Image.fromarray((255 * ink).astype(np.uint8))
     picture.paste(_colour((170, 255), rng), (left, top, left + width, top + height), coverage)
     box = [edge / CANVAS for edge in (top, left, top + height, left + width)]
     return picture, box
@@ -109,7 +109,7 @@ def _load_originals() -> tuple[np.ndarray, np.ndarray]:
 
 def _enlarge(original: np.ndarray, side: int) -> np.ndarray:
     """Enlarges ink smoothly and sharpens its edges: [8, 8] -> [side, side] in [0, 1]."""
-    smooth = Image.fromarray(np.float32(original)).resize((side, side), Image.Resampling.BICUBIC)
+    smooth = Image.fromarray(original.astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
     return np.clip((np.asarray(smooth) - 0.15) / 0.45, 0, 1)
 
 
