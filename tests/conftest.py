@@ -45,11 +45,7 @@ gc.set_threshold(100_000, 50, 100)
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-<<<<<<< HEAD
-    """Frees the memory of a file's programs, which no other file runs."""
-=======
     """Frees the memory of a file's programs: hardly any is used by the next file."""
->>>>>>> trim
     yield
     jax.clear_caches()
 

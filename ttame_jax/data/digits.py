@@ -109,7 +109,9 @@ def _load_originals() -> tuple[np.ndarray, np.ndarray]:
 
 def _enlarge(original: np.ndarray, side: int) -> np.ndarray:
     """Enlarges ink smoothly and sharpens its edges: [8, 8] -> [side, side] in [0, 1]."""
-    smooth = Image.fromarray(original.astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
+    smooth = Image.fromarray(original.astype(np.float32)).resize(
+        (side, side), Image.Resampling.BICUBIC
+    )
     return np.clip((np.asarray(smooth) - 0.15) / 0.45, 0, 1)
 
 
