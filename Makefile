@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo check test test-lowest bench clean
+.PHONY: demo check test test-slow test-lowest bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/ttame demo --output demo
@@ -21,6 +21,10 @@ test: $(VENV)/.dev
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
 	$(BIN)/pytest
+
+# Parity at full size, timings and processes of which `make test` has smaller cases.
+test-slow: $(VENV)/.dev
+	$(BIN)/pytest -m slow
 
 # The demo needs neither PyTorch nor TensorFlow.
 $(VENV)/.demo: pyproject.toml

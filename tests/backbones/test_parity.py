@@ -67,6 +67,7 @@ def test_vgg16_equals_torchvision(tmp_path):
     check(backbone, model, nodes, images(224))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "library", "features", "sizes"),
     [

@@ -41,6 +41,7 @@ def printed(capsys, run, options):
     return result
 
 
+@pytest.mark.slow
 def test_train_step_compares_with_pytorch(capsys):
     result = printed(capsys, train_step.run, train_step.Options(**SETTING, compare=True))
     rates = result["images_per_second"], result["torch_images_per_second"]
@@ -72,6 +73,7 @@ def test_torch_reference_trains_alone(capsys):
     assert result["images_per_second"] == pytest.approx(8 / result["seconds_per_step"])
 
 
+@pytest.mark.slow
 def test_the_pytorch_reference_has_our_loss(tmp_path):
     reference = torch_reference.Reference(torch_reference.Options(**SETTING))
     images = torch.randint(0, 256, (4, 3, 64, 64), generator=torch.Generator().manual_seed(0))
@@ -149,7 +151,7 @@ def test_killed_commands_end_with_the_same_files(tmp_path):
     words = [sys.executable, "benchmarks/crash.py", "--kills", "3", "--seed", "16", "--commands"]
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     said = subprocess.run(
-        [*words, "train,evaluate,explain"],
+        [*words, "train,evaluate"],
         capture_output=True,
         text=True,
         check=True,
@@ -158,7 +160,6 @@ def test_killed_commands_end_with_the_same_files(tmp_path):
     result = json.loads(said.stdout)
     assert result["different"] == 0, result
     assert {name: found["kills"] for name, found in result["commands"].items()} == {
-        "train": 1,
+        "train": 2,
         "evaluate": 1,
-        "explain": 1,
     }

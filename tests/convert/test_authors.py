@@ -141,7 +141,7 @@ def vit_b_16():
     return random_module("vit_b_16")
 
 
-@pytest.mark.parametrize("features", ["norm", "block"])
+@pytest.mark.parametrize("features", [pytest.param("norm", marks=pytest.mark.slow), "block"])
 def test_maps_of_vit_b16_equal_pytorchs(features, vit_b_16, tmp_path):
     suffix = ".ln_1" if features == "norm" else ""
     names = [f"encoder.layers.encoder_layer_{i}{suffix}" for i in (9, 10, 11)]
@@ -150,7 +150,13 @@ def test_maps_of_vit_b16_equal_pytorchs(features, vit_b_16, tmp_path):
     assert config.masking == "standardised" and config.evaluation_masking == "pixel"
 
 
-@pytest.mark.parametrize(("model", "features"), [("vgg16", {"features": "pool"}), ("resnet50", {})])
+@pytest.mark.parametrize(
+    ("model", "features"),
+    [
+        pytest.param("vgg16", {"features": "pool"}, marks=pytest.mark.slow),
+        ("resnet50", {}),
+    ],
+)
 def test_maps_of_cnns_equal_pytorchs(model, features, tmp_path):
     module = random_module(model)
     config = check_maps(model, module, layers(model), tmp_path, layers(model))

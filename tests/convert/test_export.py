@@ -46,9 +46,10 @@ numpy.savez("maps.npz", logits=logits, maps=maps, others=others)
     [
         ("vit", {"variant": "sigmoid"}),
         ("squeezenet1_1", {"backbone_config": {"num_classes": 7, "image_size": 64}}),
-        (
+        pytest.param(
             "timm:test_vit2",
             {"variant": "lcam", "backbone_config": {"num_classes": 7, "features": "norm"}},
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -20,7 +20,7 @@ def test_memory_of_rise_does_not_grow_with_its_masks(backbone):
     assert peak(RISE(backbone, masks=800)) < 1.05 * peak(RISE(backbone, masks=80))
 
 
-@pytest.mark.parametrize("method", [ScoreCAM, AblationCAM])
+@pytest.mark.parametrize("method", [pytest.param(ScoreCAM, marks=pytest.mark.slow), AblationCAM])
 def test_memory_of_perturbed_channels_is_that_of_a_chunk(method, monkeypatch):
     def peak_with(chunk):  # of the 64 channels of two images
         monkeypatch.setattr(base, "FORWARD_BATCH", chunk)

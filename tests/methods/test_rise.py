@@ -10,6 +10,7 @@ from ttame_jax.methods import RISE, compute_maps
 from ttame_jax.weights import abstract_backbone, load_backbone
 
 
+@pytest.mark.slow
 def test_the_same_masks_through_a_pytorch_loop_give_the_same_map(random_backbone):
     backbone = random_backbone("resnet18", image_size=64)
     images = jax.random.uniform(jax.random.key(0), (2, 64, 64, 3))

@@ -131,6 +131,7 @@ def package_scores(shared, images, maps, classes, percentages):
     ]
 
 
+@pytest.mark.slow
 def test_equals_the_package_on_real_images_within_half_a_point(shared):
     backbone = load_backbone("squeezenet1_0", weights=shared / "weights/squeezenet1_0.safetensors")
     graph, state = nnx.split(backbone)

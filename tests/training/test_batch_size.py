@@ -143,6 +143,7 @@ def test_a_run_keeps_the_number_it_has_found(config, monkeypatch, capfd):
         train(dataclasses.replace(config, batch_size=32))
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_same_number(pictures, tmp_path):
     launcher = Launcher(tmp_path)
     output = tmp_path / "run"
