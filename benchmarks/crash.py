@@ -9,12 +9,12 @@ to the undisturbed ones, bit for bit.
 Commands run in forks of this process, which has imported everything and started nothing.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -142,28 +142,38 @@ def killed(name: str, numbers: Sequence[int], place: Path, rng: random.Random) -
     """Kills a command once for each number. Returns what was found."""
     expected, seconds = finish(COMMANDS[name], place, place / name)
     report: dict[str, Any] = {
-        "kills": 0,
+        "kills": len(numbers),
         "seconds": seconds,
-        "finished_before": 0,
         "left_over": 0,
         "different": [],
     }
     for number in numbers:
         output = place / f"{name}_{number}"
-        moment = rng.uniform(0, seconds)
-        child = fork(COMMANDS[name], place, output)
-        time.sleep(moment)
-        report["kills"] += 1
-        report["finished_before"] += os.waitpid(child, os.WNOHANG)[0] == child
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+        while (took := kill(COMMANDS[name], place, output, rng.uniform(0, seconds))) is not None:
+            seconds = took  # the command was faster than before: an earlier moment is drawn
+            shutil.rmtree(output, ignore_errors=True)
         report["left_over"] += sum(path.name.startswith(".") for path in files(output))
         found, _ = finish(COMMANDS[name], place, output)
         differing = sorted(k for k in {*expected, *found} if expected.get(k) != found.get(k))
         if differing:
-            report["different"].append({"moment": moment, "files": differing})
+            report["different"].append({"folder": output.name, "files": differing})
     return report
+
+
+def kill(command: Callable, place: Path, output: Path, moment: float) -> float | None:
+    """Kills a command so many seconds after its start. Returns its time if it ended before."""
+    start = time.perf_counter()
+    child = fork(command, place, output)
+    while time.perf_counter() - start < moment:
+        if os.waitpid(child, os.WNOHANG)[0] == child:
+            return time.perf_counter() - start
+        time.sleep(0.01)
+    try:
+        os.killpg(child, signal.SIGKILL)
+    except ProcessLookupError:  # it has no group of its own yet
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
 
 
 def finish(command: Callable, place: Path, output: Path) -> tuple[dict[str, str], float]:
