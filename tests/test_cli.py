@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ttame_jax import startup
 from ttame_jax.cli import main
 from ttame_jax.errors import one_line_errors
 from ttame_jax.experiments.resumable import _column
@@ -32,6 +33,27 @@ def test_every_command_has_help(command, capsys):
         main([command, "--help"])
     assert stop.value.code in (0, None)
     assert "usage: ttame" in capsys.readouterr().out
+
+
+def test_an_error_among_several_processes_is_one_line_too(monkeypatch, tmp_path, capsys):
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(startup, "_initialize", lambda processes: True)
+    monkeypatch.setattr(startup.os, "_exit", leave)
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "--run", str(tmp_path), "--output", str(tmp_path / "a.json")])
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and "is not a run" in said and "Traceback" not in said
+
+
+def test_the_version_is_looked_up_when_it_is_asked_for(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("ttame-jax ")
+    monkeypatch.setattr("importlib.metadata.version", None)  # as in a checkout
+    with pytest.raises(SystemExit):
+        main(["curves", "--help"])
 
 
 def test_a_backbones_preset_gives_the_defaults(capsys):

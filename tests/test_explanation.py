@@ -78,6 +78,12 @@ def test_tiles_are_weighted_by_their_confidence_and_averaged_where_they_overlap(
     np.testing.assert_allclose(merged[0], [1, 1, 0.625, 0.625, 0.25, 0.25])
 
 
+def test_a_class_without_confidence_has_finite_maps():
+    boxes = [(0, 0, 10, 10), (10, 0, 20, 10)]
+    merged = merge_tiles(np.ones((2, 1, 2, 2), np.float32), np.zeros((2, 1)), boxes, side=4)
+    np.testing.assert_array_equal(merged, np.ones((1, 4, 8)))
+
+
 def test_a_column_of_tiles_becomes_a_tall_map():
     maps = np.ones((2, 3, 2, 2), np.float32)
     boxes = [(0, 0, 10, 10), (0, 10, 10, 20)]

@@ -1,14 +1,16 @@
 """The command `ttame`. Only the modules of the subcommand that is called are imported."""
 
 import argparse
+import contextlib
 import importlib.metadata
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any
 
 if TYPE_CHECKING:
     from ttame_jax.config import TrainConfig
+    from ttame_jax.startup import Processes
 
 Arguments = Sequence[str]
 Command = Callable[..., Any]
@@ -75,7 +77,7 @@ def _train(args: Arguments) -> Command:
 
     from ttame_jax.config import TrainConfig
     from ttame_jax.experiments.train import train as run_training
-    from ttame_jax.startup import Processes, joined
+    from ttame_jax.startup import Processes
 
     default = _preset_named_in(args)
 
@@ -90,7 +92,7 @@ def _train(args: Arguments) -> Command:
 
         $ ttame train --backbone resnet50 --dataset folder:photographs --epochs 3 --output runs/mine
         """
-        with joined(processes):
+        with _joined(processes):
             run_training(config)
 
     return train
@@ -105,7 +107,7 @@ def _lr_find(args: Arguments) -> Command:
     from ttame_jax.config import TrainConfig
     from ttame_jax.experiments.lr_find import Grid
     from ttame_jax.experiments.lr_find import lr_find as search
-    from ttame_jax.startup import Processes, joined
+    from ttame_jax.startup import Processes
 
     default = _preset_named_in(args)
     if default.output is not tyro.MISSING:
@@ -122,7 +124,7 @@ def _lr_find(args: Arguments) -> Command:
 
         $ ttame lr-find --backbone resnet50 --epochs 2 --rates 3e-4,1e-3,3e-3
         """
-        with joined(processes):
+        with _joined(processes):
             search(config, grid)
 
     return lr_find
@@ -134,7 +136,7 @@ def _evaluate(args: Arguments) -> Command:
 
     from ttame_jax.experiments.evaluate import EvaluateConfig
     from ttame_jax.experiments.evaluate import evaluate as run_evaluation
-    from ttame_jax.startup import Processes, joined
+    from ttame_jax.startup import Processes
 
     def evaluate(
         config: Annotated[EvaluateConfig, tyro.conf.arg(name="")],
@@ -144,7 +146,7 @@ def _evaluate(args: Arguments) -> Command:
 
         $ ttame evaluate --run runs/vit_b16 --measures ad,ic,road --output vit_b16.json
         """
-        with joined(processes):
+        with _joined(processes):
             run_evaluation(config)
 
     return evaluate
@@ -156,7 +158,7 @@ def _compare(args: Arguments) -> Command:
 
     from ttame_jax.experiments.compare import CompareConfig
     from ttame_jax.experiments.compare import compare as run_comparison
-    from ttame_jax.startup import Processes, joined
+    from ttame_jax.startup import Processes
 
     def compare(
         config: Annotated[CompareConfig, tyro.conf.arg(name="")],
@@ -166,7 +168,7 @@ def _compare(args: Arguments) -> Command:
 
         $ ttame compare --run runs/vit_b16 --quick --limit 500 --output comparison
         """
-        with joined(processes):
+        with _joined(processes):
             run_comparison(config)
 
     return compare
@@ -266,6 +268,13 @@ def main(args: Sequence[str] | None = None) -> None:
         _run(name, args[1:])
 
 
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for: a checkout need not be installed."""
+
+    def __call__(self, parser, *_):
+        parser.exit(message=f"ttame-jax {importlib.metadata.version('ttame-jax')}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     """The parser of the subcommand's name, and of `--help` and `--version`."""
     parser = argparse.ArgumentParser(
@@ -273,8 +282,7 @@ def _parser() -> argparse.ArgumentParser:
         description="T-TAME: explanation maps for image classifiers in one forward pass.",
         epilog="ttame COMMAND --help lists the options of a command.",
     )
-    version = f"ttame-jax {importlib.metadata.version('ttame-jax')}"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.__doc__, add_help=False)
@@ -312,6 +320,16 @@ def _paths() -> Any:
         )
 
     return registry
+
+
+@contextlib.contextmanager
+def _joined(processes: "Processes") -> Iterator[None]:
+    """Runs a command together with other processes, and ends a failure in one line before theirs."""
+    from ttame_jax.errors import one_line_errors
+    from ttame_jax.startup import joined
+
+    with joined(processes), one_line_errors("ttame"):
+        yield
 
 
 def _preset_named_in(args: Sequence[str]) -> "TrainConfig":

@@ -155,13 +155,11 @@ class Explainer:
         preprocessing = self.backbone.preprocessing
         views = tiles(picture, preprocessing)
         images = _batch(views)
-        of_tiles = np.asarray(_classify(self._graph, self._state, images))
-        mean = of_tiles.mean(axis=0)
         wanted, likeliest = self._parse(classes)
         if wanted is None:
+            mean = np.asarray(_classify(self._graph, self._state, images)).mean(axis=0)
             wanted = np.argsort(-mean, kind="stable")[None, :likeliest]
         explained = jax.device_get(self(images, np.repeat(wanted, len(images), axis=0)))
-        chosen = explained.classes[0]
         maps = merge_tiles(
             explained.maps,
             explained.probabilities,
@@ -169,7 +167,8 @@ class Explainer:
             preprocessing.image_size,
         )
         whole = (0, 0, picture.width, picture.height)
-        return self._explanation(picture, maps, chosen, mean[chosen], whole)
+        probabilities = explained.probabilities.mean(axis=0)
+        return self._explanation(picture, maps, explained.classes[0], probabilities, whole)
 
     def _explanation(self, picture, maps, classes, probabilities, box) -> Explanation:
         labels = tuple(label(int(i), self.class_names) for i in classes)

@@ -155,7 +155,8 @@ def merge_tiles(
     """Joins the maps of overlapping squares along a line into maps of the whole.
 
     A tile's map is scaled by the tile's confidence relative to the most confident tile's, since
-    each map alone spans [0, 1]. Overlaps are averaged.
+    each map alone spans [0, 1]. Tiles without any confidence in a class count alike. Overlaps are
+    averaged.
 
     Args:
       maps: ``[T, K, h, w]`` in [0, 1].
@@ -171,7 +172,8 @@ def merge_tiles(
     offsets = (corners * scale).round().astype(int)[:, ::-1]  # rows, columns
     shape = offsets.max(axis=0) + side
     total, count = np.zeros((maps.shape[1], *shape), np.float32), np.zeros(shape, np.float32)
-    weights = probabilities / probabilities.max(axis=0)
+    best = probabilities.max(axis=0)
+    weights = np.where(best > 0, probabilities / np.where(best > 0, best, 1), 1)
     for (top, left), of_classes, weight in zip(offsets, maps, weights):
         part = (slice(top, top + side), slice(left, left + side))
         for k, values in enumerate(of_classes):

@@ -13,8 +13,8 @@ from ttame_jax.preprocessing import Preprocessing
 ViewName = Literal["whole", "crop"]
 """The whole picture, or the centre crop that the classifier was evaluated with."""
 
-STRIDE = 32
-"""Sides of a whole view are multiples of this, the largest stride of a CNN."""
+STEPS = 8
+"""The longer side of a whole view is a multiple of this part of the shorter one."""
 
 MOST_ELONGATED = 8
 """Largest ratio of the sides of a picture that is shown as a whole."""
@@ -44,9 +44,10 @@ def crop_view(picture: Image.Image, preprocessing: Preprocessing) -> View:
 
 
 def whole_view(picture: Image.Image, preprocessing: Preprocessing) -> View:
-    """A whole RGB picture at the scale of evaluation, its sides rounded to multiples of `STRIDE`.
+    """A whole RGB picture at the scale of evaluation, the ratio of its sides rounded to 1/8.
 
-    Rounding limits the number of different sizes, each of which needs a program of its own.
+    Rounding limits the number of different sizes, each of which needs a program of its own. It
+    changes the aspect by at most 6 %.
 
     Raises:
       ValueError: the picture is too elongated.
@@ -54,7 +55,7 @@ def whole_view(picture: Image.Image, preprocessing: Preprocessing) -> View:
     _check_elongation(picture)
     short = min(picture.size)
     width, height = (
-        STRIDE * max(math.floor(preprocessing.resize_size * side / short / STRIDE + 0.5), 1)
+        round(preprocessing.resize_size * math.floor(STEPS * side / short + 0.5) / STEPS)
         for side in picture.size
     )
     resized = picture.resize((width, height), resampling(preprocessing))

@@ -14,7 +14,7 @@ from ttame_jax.data import Source, evaluation_batches
 from ttame_jax.masking import upsample
 from ttame_jax.mesh import AXIS, data_mesh, gather, replicate, shard_batch
 from ttame_jax.methods import Method
-from ttame_jax.metrics.base import Metric, Rows, Sample, load_metrics
+from ttame_jax.metrics.base import Metric, Rows, Sample, load_metrics, measure_sample
 from ttame_jax.preprocessing import Masking, to_float
 
 
@@ -146,10 +146,7 @@ def _measure(
         key=key,
         inside=batch.get("inside"),
     )
-    rows = {"class": classes, "confidence": sample.confidence}
-    for metric in metrics:
-        rows |= metric.measure(sample)
-    return rows
+    return measure_sample(sample, metrics)
 
 
 def summarise(rows: Rows, metrics: Sequence[str]) -> dict[str, Any]:

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttame_jax.masking import upsample
-from ttame_jax.metrics.base import Sample, load_metrics
+from ttame_jax.metrics.base import Rows, Sample, load_metrics, measure_sample
 from ttame_jax.metrics.confidence import confidence
+from ttame_jax.metrics.evaluation import summarise
 from ttame_jax.preprocessing import IMAGENET, Masking, Preprocessing
 
 Predict = Callable[[Any], Any]
@@ -58,43 +59,51 @@ def measure(
       ValueError: an argument has the wrong shape, type or range, a metric does not exist, or
         `inside` is missing for one that needs it.
     """
-    images, maps = _checked(images, maps)
+    arrays = _checked(images, maps, classes, inside)
     loaded = load_metrics(metrics)
     if inside is None and (needing := [metric.name for metric in loaded if metric.needs_boxes]):
         raise ValueError(f"the metric {needing[0]!r} needs inside: the pixels of the objects")
-    of_standardised = _of_standardised(predict, images[:1], preprocessing)
-    batch_size, count = min(batch_size, len(images)), len(images)
+    of_standardised, num_classes = _of_standardised(predict, arrays["images"][:1], preprocessing)
+    explained = arrays.get("classes", np.zeros(1, int))
+    if explained.min() < 0 or explained.max() >= num_classes:
+        raise ValueError(f"classes must lie in 0 to {num_classes - 1}")
 
     @jax.jit
-    def rows_of(index: jax.Array) -> dict[str, jax.Array]:
-        batch = jnp.asarray(images)[index]
-        probabilities = of_standardised(preprocessing.standardise(batch))
-        own = probabilities.argmax(axis=-1)
-        explained = own if classes is None else jnp.asarray(classes)[index]
+    def rows_of(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        images = batch["images"]
+        probabilities = of_standardised(preprocessing.standardise(images))
+        explained = batch.get("classes", probabilities.argmax(axis=-1))
         sample = Sample(
             predict=of_standardised,
-            images=batch,
-            maps=upsample(jnp.asarray(maps)[index], batch.shape[1:3]),
+            images=images,
+            maps=upsample(batch["maps"], images.shape[1:3]),
             classes=explained,
             confidence=confidence(probabilities, explained),
             preprocessing=preprocessing,
             masking=masking,
-            index=index,
+            index=batch["index"],
             key=jax.random.key(seed),
-            inside=None if inside is None else jnp.asarray(inside, bool)[index],
+            inside=batch.get("inside"),
         )
-        rows = {"class": explained, "confidence": sample.confidence}
-        for metric in loaded:
-            rows |= metric.measure(sample)
-        return rows
+        return measure_sample(sample, loaded)
 
-    parts = []
+    rows = _in_batches(rows_of, arrays, min(batch_size, len(arrays["index"])))
+    return summarise(rows, metrics)
+
+
+def _in_batches(
+    rows_of: Callable[[dict[str, Any]], dict[str, jax.Array]],
+    arrays: dict[str, np.ndarray],
+    batch_size: int,
+) -> Rows:
+    """The rows of all images. The last batch is filled up with its last image."""
+    parts, count = [], len(arrays["index"])
     for start in range(0, count, batch_size):
         index = np.arange(start, start + batch_size)
-        rows = jax.device_get(rows_of(jnp.asarray(np.minimum(index, count - 1))))
+        batch = {name: values[np.minimum(index, count - 1)] for name, values in arrays.items()}
+        rows = jax.device_get(rows_of(batch))
         parts.append({name: values[index < count] for name, values in rows.items()})
-    rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return {metric.key: metric.summarise(rows) for metric in loaded}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def average_drop(
@@ -181,28 +190,43 @@ def _localisation(name: str, maps: jax.typing.ArrayLike, inside: jax.typing.Arra
 
 
 def _checked(
-    images: jax.typing.ArrayLike, maps: jax.typing.ArrayLike
-) -> tuple[np.ndarray, np.ndarray]:
+    images: jax.typing.ArrayLike,
+    maps: jax.typing.ArrayLike,
+    classes: jax.typing.ArrayLike | None,
+    inside: jax.typing.ArrayLike | None,
+) -> dict[str, np.ndarray]:
+    """The arrays that are given, by name, and the images' indices."""
     images, maps = np.asarray(images), np.asarray(maps)
     if images.ndim != 4 or images.shape[-1] != 3 or not len(images):
         raise ValueError(f"images must be [N, H, W, 3], not {list(images.shape)}")
-    if maps.ndim != 3 or len(maps) != len(images):
+    count = len(images)
+    if maps.ndim != 3 or len(maps) != count:
         raise ValueError(
-            f"maps must be [N, h, w] with N = {len(images)}, one per image, not {list(maps.shape)}"
+            f"maps must be [N, h, w] with N = {count}, one per image, not {list(maps.shape)}"
         )
+    arrays: dict[str, np.ndarray] = {"index": np.arange(count, dtype=np.int32)}
     for name, values in (("images", images), ("maps", maps)):
-        if (
-            not np.issubdtype(values.dtype, np.floating)
-            or not ((values >= 0) & (values <= 1 + 1e-6)).all()
-        ):
+        within = (values >= 0) & (values <= 1 + 1e-6)
+        if not np.issubdtype(values.dtype, np.floating) or not within.all():
             raise ValueError(f"{name} must be floats in [0, 1]")
-    return images.astype(np.float32), maps.astype(np.float32)
+        arrays[name] = values.astype(np.float32)
+    if classes is not None:
+        given = np.asarray(classes)
+        if given.shape != (count,) or given.dtype.kind not in "iu":
+            raise ValueError(f"classes must be integers [N] with N = {count}")
+        arrays["classes"] = given
+    if inside is not None:
+        given = np.asarray(inside)
+        if given.shape != images.shape[:3] or given.dtype != bool:
+            raise ValueError(f"inside must be bool {list(images.shape[:3])}, as the images")
+        arrays["inside"] = given
+    return arrays
 
 
 def _of_standardised(
     predict: Predict, image: np.ndarray, preprocessing: Preprocessing
-) -> Callable[[jax.Array], jax.Array]:
-    """The function of standardised images, which can be compiled."""
+) -> tuple[Callable[[jax.Array], jax.Array], int]:
+    """The function of standardised images, which can be compiled, and its number of classes."""
     traceable = _traceable(predict, image)
     answer = np.asarray(predict(jnp.asarray(image) if traceable else image))
     if answer.ndim != 2 or len(answer) != 1:
@@ -223,7 +247,7 @@ def _of_standardised(
             lambda images: np.asarray(predict(np.asarray(images)), np.float32), shape, images
         )
 
-    return of_standardised
+    return of_standardised, answer.shape[1]
 
 
 def _traceable(predict: Predict, image: np.ndarray) -> bool:
