@@ -272,7 +272,8 @@ class _Version(argparse.Action):
     """Looks the version up only when it is asked for: a checkout need not be installed."""
 
     def __call__(self, parser, *_):
-        parser.exit(message=f"ttame-jax {importlib.metadata.version('ttame-jax')}\n")
+        print(f"ttame-jax {importlib.metadata.version('ttame-jax')}")
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
