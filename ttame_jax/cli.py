@@ -75,17 +75,13 @@ def _train(args: Arguments) -> Command:
     """Train an attention mechanism for a frozen classifier, or resume its run."""
     import tyro
 
-    from ttame_jax.config import TrainConfig
+    from ttame_jax.experiments.arguments import in_groups
     from ttame_jax.experiments.train import train as run_training
     from ttame_jax.startup import Processes
 
-    default = _preset_named_in(args)
+    Config = in_groups(_preset_named_in(args))
 
-    def train(
-        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
-        *,
-        processes: Annotated[Processes, tyro.conf.arg(name="")],
-    ) -> None:
+    def train(config: Config, processes: tyro.conf.OmitArgPrefixes[Processes]) -> None:
         """Train an attention mechanism for a frozen classifier, or resume its run.
 
         $ ttame train --backbone vit_b16
@@ -104,7 +100,7 @@ def _lr_find(args: Arguments) -> Command:
 
     import tyro
 
-    from ttame_jax.config import TrainConfig
+    from ttame_jax.experiments.arguments import in_groups
     from ttame_jax.experiments.lr_find import Grid
     from ttame_jax.experiments.lr_find import lr_find as search
     from ttame_jax.startup import Processes
@@ -113,12 +109,12 @@ def _lr_find(args: Arguments) -> Command:
     if default.output is not tyro.MISSING:
         folder = default.output.with_name(f"{default.output.name}_lr_find")
         default = dataclasses.replace(default, output=folder)
+    Config = in_groups(default)
 
     def lr_find(
-        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
-        *,
-        grid: Annotated[Grid, tyro.conf.arg(name="")],
-        processes: Annotated[Processes, tyro.conf.arg(name="")],
+        config: Config,
+        grid: tyro.conf.OmitArgPrefixes[Grid],
+        processes: tyro.conf.OmitArgPrefixes[Processes],
     ) -> None:
         """Search the peak rate and number of epochs by AD and IC; writes a table and a plot.
 

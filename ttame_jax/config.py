@@ -27,31 +27,59 @@ Scaling = Literal["none", "sqrt", "linear"]
 _EXPONENTS: dict[Scaling, float] = {"none": 0, "sqrt": 0.5, "linear": 1}
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """The configuration of a run. The defaults are the paper's."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Common:
+    """What most runs set."""
 
     backbone: str
     """Name of the frozen classifier, such as vgg16, resnet50, vit_b16 or timm:MODEL."""
-    output: Path
-    """Folder of the run. Running the same command again resumes it."""
     weights: str | None = "torchvision"
     """Weights of the backbone: a .safetensors, .pth, .pt or .ckpt file, torchvision, timm or
     timm:MODEL."""
-    backbone_config: dict[str, int | str] = dataclasses.field(default_factory=dict)
-    """Options of the backbone, as name and value: num_classes 10 features conv."""
     dataset: str = "imagenet2012"
     """A TFDS data set prepared in --data-dir, folder:DIR, or digits. Labels are not used."""
+    epochs: int = 8
+    """Passes over the training images."""
+    output: Path
+    """Folder of the run. Running the same command again resumes it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """The training images."""
+
     data_dir: str | None = None
     """Folder of the prepared TFDS data sets; None is the default of TFDS."""
     train_split: str = "train"
     """Split to train on, in TFDS's syntax."""
+    flip: bool = True
+    """Whether to mirror half of the training images."""
+    workers: int = 2
+    """Worker processes that decode images for each training process; 0 uses threads instead."""
+    max_pixels: int = MAX_PIXELS
+    """Images with more pixels count as unreadable."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Validation:
+    """AD and IC before the first step and after each epoch."""
+
     validation_split: str = "validation"
-    """Split to validate on at the end of each epoch."""
+    """Split to validate on."""
     validation_images: int = 500
     """Number of images to validate on, evenly spread; 0 disables validation."""
     validation_list: Path | None = None
     """File that names the images to validate on, one FILENAME LABEL per line."""
+    evaluation_masking: Masking | None = None
+    """How a map masks an image in later evaluations of the run; None is the backbone's default."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """The classifier and its attention mechanism."""
+
+    backbone_config: dict[str, int | str] = dataclasses.field(default_factory=dict)
+    """Options of the backbone, as name and value: num_classes 10 features conv."""
     variant: VariantName = "ttame"
     """Architecture of the attention mechanism (Table VI), or lcam."""
     start: Literal["random", "head"] = "random"
@@ -59,37 +87,45 @@ class TrainConfig:
     that the first maps are the classifier's class activation maps (ResNet and SqueezeNet)."""
     masking: Masking | None = None
     """How a map masks an image: pixel |E*I|, standardised E*|I|; None is the backbone's default."""
-    evaluation_masking: Masking | None = None
-    """The same for later evaluations of the run; None is the backbone's default."""
-    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
-    """The training loss."""
-    epochs: int = 8
-    """Passes over the training images."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the computation. Parameters and loss are float32."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimization:
+    """Stochastic gradient descent with a one-cycle schedule."""
+
     batch_size: int | Literal["auto"] = REFERENCE_BATCH_SIZE
     """Images per step, over all devices of all processes. auto is the largest power of two times
     the number of devices that fits into their memory, up to 1024. A resumed run keeps its own."""
-    synchronise: bool = False
-    """Whether Psi and BatchNorm use the whole batch, so that results do not depend on the number of
-    devices. Otherwise each device uses its own part of the batch, as in the authors' code."""
     learning_rate: float = 1e-3
     """Peak learning rate of the one-cycle schedule."""
     scale_learning_rate: Scaling = "none"
     """How the peak rate scales with the batch size: not at all, or relative to a batch of 32 with
     its square root or linearly."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the computation. Parameters and loss are float32."""
+    synchronise: bool = False
+    """Whether Psi and BatchNorm use the whole batch, so that results do not depend on the number of
+    devices. Otherwise each device uses its own part of the batch, as in the authors' code."""
     seed: int = 0
     """Seed of the initial parameters, the order of the images and their crops."""
-    flip: bool = True
-    """Whether to mirror half of the training images."""
-    workers: int = 2
-    """Worker processes that decode images for each training process; 0 uses threads instead."""
-    max_pixels: int = MAX_PIXELS
-    """Images with more pixels count as unreadable."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Logging:
+    """Logs and checkpoints."""
+
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 500
     """Steps between checkpoints. Each epoch also ends with one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(Logging, Optimization, Model, Validation, Data, Common):
+    """The configuration of a run. The defaults are the paper's."""
+
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    """The training loss."""
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "log_every", "checkpoint_every", "max_pixels"):

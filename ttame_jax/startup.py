@@ -47,13 +47,6 @@ class Processes:
     heartbeat_timeout: int = 100
     """Seconds without a heartbeat from one process after which the others exit."""
 
-    def __post_init__(self):
-        host, _, port = (self.coordinator_address or "HOST:1").rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-            raise ValueError(
-                f"--coordinator-address must be HOST:PORT, not {self.coordinator_address!r}"
-            )
-
 
 @contextlib.contextmanager
 def joined(processes: Processes) -> Iterator[None]:
@@ -63,12 +56,19 @@ def joined(processes: Processes) -> Iterator[None]:
     timeout at the latest.
 
     Raises:
-      ValueError: the processes are described only in part.
+      ValueError: the processes are described only in part, or wrongly.
     """
+    _check_address(processes.coordinator_address)
     with contextlib.ExitStack() as stack:
         if _initialize(processes):
             stack.push(_end)
         yield
+
+
+def _check_address(address: str | None) -> None:
+    host, _, port = (address or "HOST:1").rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"--coordinator-address must be HOST:PORT, not {address!r}")
 
 
 def _end(kind: type[BaseException] | None, error: BaseException | None, _) -> None:

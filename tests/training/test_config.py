@@ -30,7 +30,7 @@ def test_a_run_folder_may_be_in_a_bucket(tmp_path, monkeypatch, bucket):
 
 
 def test_settings_that_an_old_run_did_not_have_are_the_defaults(tmp_path):
-    config = TrainConfig("vit_b16", tmp_path)
+    config = TrainConfig(backbone="vit_b16", output=tmp_path)
     config.save()
     path = tmp_path / "config.json"
     fields = json.loads(path.read_text())
