@@ -4,8 +4,9 @@ import dataclasses
 import importlib
 import importlib.util
 import math
+import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ import tyro
 
 from ttame_jax.attention import VariantName
 from ttame_jax.data.transforms import MAX_PIXELS
-from ttame_jax.files import to_json, write_atomically
+from ttame_jax.files import in_bucket, to_json, write_atomically
 from ttame_jax.losses import LossConfig
 from ttame_jax.preprocessing import Masking
 
@@ -154,9 +155,61 @@ class TrainConfig(Logging, Optimization, Model, Validation, Data, Common):
           folder: the folder.
           inputs: fingerprints of what the run reads, by name.
         """
-        fields = dataclasses.asdict(self) | ({INPUTS: inputs} if inputs else {})
+        folder = folder or self.output
+        fields = dataclasses.asdict(relative_to(folder, self)) | (
+            {INPUTS: inputs} if inputs else {}
+        )
         text = to_json(fields, indent=2) + "\n"
-        write_atomically((folder or self.output) / CONFIG_FILE, text)
+        write_atomically(folder / CONFIG_FILE, text)
+
+
+FOLDER = "folder:"
+"""Prefix of a data set that is a folder of images."""
+
+
+def relative_to(folder: str | Path, config: TrainConfig) -> TrainConfig:
+    """The configuration with relative local paths as seen from the run's folder.
+
+    A run can be moved together with what it reads. Absolute paths stay as they are, and all paths
+    become absolute if the run is in a bucket.
+    """
+
+    def moved(path: str) -> str:
+        if in_bucket(path) or os.path.isabs(path) or not os.path.exists(path):
+            return path
+        return os.path.abspath(path) if in_bucket(folder) else os.path.relpath(path, folder)
+
+    return _with_paths(config, moved)
+
+
+def located(folder: str | Path, config: TrainConfig) -> TrainConfig:
+    """The inverse of `relative_to`. Paths of earlier versions are relative to the current folder."""
+
+    def found(path: str) -> str:
+        if in_bucket(path) or in_bucket(folder) or os.path.isabs(path):
+            return path
+        there = os.path.normpath(os.path.join(folder, path))
+        return there if os.path.exists(there) else path
+
+    return _with_paths(config, found)
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """The configuration with absolute paths, to be compared with another one."""
+    return _with_paths(config, lambda path: path if in_bucket(path) else os.path.abspath(path))
+
+
+def _with_paths(config: TrainConfig, change: Callable[[str], str]) -> TrainConfig:
+    """The configuration with changed paths of its inputs."""
+    weights, data_dir, listed = config.weights, config.data_dir, config.validation_list
+    folder = config.dataset.removeprefix(FOLDER)
+    return dataclasses.replace(
+        config,
+        weights=change(weights) if weights and Path(weights).suffix else weights,
+        data_dir=change(data_dir) if data_dir else data_dir,
+        validation_list=type(listed)(change(os.fspath(listed))) if listed else listed,
+        dataset=FOLDER + change(folder) if folder != config.dataset else config.dataset,
+    )
 
 
 def preset(backbone: str) -> TrainConfig:

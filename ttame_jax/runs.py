@@ -19,7 +19,7 @@ from ttame_jax import labels
 from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import Backbone
 from ttame_jax.checks import accepts
-from ttame_jax.config import CONFIG_FILE, INPUTS, TrainConfig
+from ttame_jax.config import CONFIG_FILE, INPUTS, TrainConfig, located
 from ttame_jax.errors import Damaged, Failure, no_word_of_closed_loops
 from ttame_jax.explainer import Explainer
 from ttame_jax.files import absolute, check_bucket, digest
@@ -121,7 +121,7 @@ def load_config(run_dir: str | Path) -> TrainConfig:
             "loss": loss,
             "validation_list": None if listed is None else epath.Path(listed),
         }
-        return TrainConfig(**_typed(fields, TrainConfig), **built)
+        return located(run_dir, TrainConfig(**_typed(fields, TrainConfig), **built))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Damaged(
             f"{path} is damaged, or was written by another version: "

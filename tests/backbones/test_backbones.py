@@ -196,8 +196,9 @@ def test_an_unknown_layer_is_refused_with_the_names_there_are():
         load_backbone("digits_cnn").split("layer4")
 
 
-@pytest.mark.parametrize("name", ["digits_cnn", "digits_vit"])
-@pytest.mark.parametrize("count", [1, 6, 7])
+@pytest.mark.parametrize(
+    ("name", "count"), [("digits_cnn", 1), ("digits_cnn", 7), ("digits_vit", 6)]
+)
 def test_images_in_groups_give_what_they_give_all_at_once(name, count, monkeypatch):
     backbone = load_backbone(name)
     images = jax.random.normal(jax.random.key(0), (count, 64, 64, 3))

@@ -64,7 +64,14 @@ def check(backbone, module, nodes, x):
         assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "efficientnet_b0", "tf_efficientnet_b0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("tf_efficientnet_lite0", marks=pytest.mark.slow),
+        pytest.param("efficientnet_b0", marks=pytest.mark.slow),
+        "tf_efficientnet_b0",
+    ],
+)
 def test_efficientnet_equals_timm(name):
     module = randomise(timm.create(name, num_classes=10))
     backbone = abstract_backbone(name, num_classes=10)

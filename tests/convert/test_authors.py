@@ -74,7 +74,18 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "ttame",
+        "lcam",
+        "no_skip_reference",
+        *(
+            pytest.param(variant, marks=pytest.mark.slow)
+            for variant in sorted(VARIANTS.keys() - {"ttame", "lcam", "no_skip_reference"})
+        ),
+    ],
+)
 def test_every_variant_comes_in_and_goes_back_bit_for_bit(variant, written, tmp_path):
     version, count, options = VARIANTS[variant]
     state = attention_state(CHANNELS["squeezenet1_0"][-count:], **options)

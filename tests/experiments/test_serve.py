@@ -241,16 +241,24 @@ def test_the_page_says_nothing_to_others(live, tmp_path, monkeypatch):
 @needs_gradio
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_command_and_removes_its_files(run, tmp_path, number):
-    command = [sys.executable, "-m", "ttame_jax.cli", "serve", "--run", str(run)]
+    # A shell's background jobs ignore SIGINT, and so would the command.
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from ttame_jax.cli import main; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", program, "serve", "--run", str(run)]
     environment = os.environ | {
         "TMPDIR": str(tmp_path),
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
-        assert server.stdout.readline().startswith("http://127.0.0.1:")
-        assert len(list(tmp_path.glob("ttame-serve-*"))) == 1
-        server.send_signal(number)
-        assert server.wait(60) == 0
+        try:
+            assert server.stdout.readline().startswith("http://127.0.0.1:")
+            assert len(list(tmp_path.glob("ttame-serve-*"))) == 1
+            server.send_signal(number)
+            assert server.wait(60) == 0
+        finally:
+            server.kill()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,11 +1,14 @@
+import dataclasses
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from ttame_jax.cli import main
 from ttame_jax.config import TrainConfig
 from ttame_jax.runs import load_config
+from ttame_jax.training.loop import settle
 
 pytestmark = pytest.mark.quick
 
@@ -37,3 +40,45 @@ def test_settings_that_an_old_run_did_not_have_are_the_defaults(tmp_path):
     del fields["synchronise"]
     path.write_text(json.dumps(fields))
     assert load_config(str(tmp_path)) == config
+
+
+def test_a_run_moves_together_with_what_it_reads(tmp_path, monkeypatch):
+    project, other = tmp_path / "project", tmp_path / "other"
+    (project / "photos").mkdir(parents=True)
+    (project / "w.safetensors").touch()
+    (project / "list.txt").touch()
+    monkeypatch.chdir(project)
+    config = TrainConfig(
+        backbone="vit",
+        output=Path("runs/one"),
+        weights="w.safetensors",
+        dataset="folder:photos",
+        data_dir=str(tmp_path / "elsewhere"),
+        validation_list=Path("list.txt"),
+    )
+    config.save()
+    assert load_config("runs/one") == config
+    project.rename(other)
+    monkeypatch.chdir(tmp_path)
+    moved = load_config("other/runs/one")
+    assert moved.weights == "other/w.safetensors"
+    assert moved.dataset == "folder:other/photos"
+    assert moved.validation_list == Path("other/list.txt")
+    assert moved.data_dir == str(tmp_path / "elsewhere")
+
+
+def test_paths_of_earlier_versions_are_those_of_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    TrainConfig(backbone="vit", output=Path("run"), weights="w.safetensors").save()
+    (tmp_path / "w.safetensors").touch()
+    assert load_config("run").weights == "w.safetensors"
+
+
+def test_a_run_is_the_same_by_relative_and_absolute_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    config = TrainConfig(backbone="vit", output=Path("run"), dataset="folder:photos")
+    config.save()
+    settle(dataclasses.replace(config, output=tmp_path / "run"))
+    with pytest.raises(ValueError, match="--dataset was folder:"):
+        settle(dataclasses.replace(config, dataset="folder:pictures"))

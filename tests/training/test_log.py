@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ttame_jax.training import log
-from ttame_jax.training.log import JsonLines, Log
+from ttame_jax.training.log import JsonLines, Log, Validation
 
 pytestmark = pytest.mark.quick
 
@@ -60,7 +60,7 @@ def test_waiting_is_the_share_of_the_time_since_the_last_line(tmp_path, monkeypa
             feed.waited += waited
             logged.write(step, {"loss": np.ones(()), "learning_rate": 0.1}, 20)
         now, feed.waited = now + 7, feed.waited + 7
-        logged.write_validation(2, 1, {"AD_15": 1.0})  # its time is not the training's
+        logged.write_validation(2, 1, Validation({"AD_15": 1.0}))  # its time is not the training's
         now, feed.waited = now + 4, feed.waited + 1
         logged.write(3, {"loss": np.ones(()), "learning_rate": 0.1}, 20)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from launch import wait_for_steps
+from PIL import Image
 from tiny import TINY
 
 from ttame_jax.config import TrainConfig
@@ -85,7 +87,14 @@ def test_a_run_writes_what_it_promises(config, capfd):
     epochs = [(line["epoch"], line["step"]) for line in measured]
     assert epochs == [(0, 0), (1, 4), (2, 8), (3, 12)]  # 0 is before training
     assert {"AD_100", "IC_100", "AD_50", "IC_50", "AD_15", "IC_15"} < set(measured[0])
-    assert list((config.output / "tensorboard").glob("events*"))
+    (events,) = (config.output / "tensorboard").glob("events*")
+    pictures = events.read_bytes().split(b"\x89PNG")[1:]
+    assert len(pictures) == 4  # the same images before training and after each epoch
+    side = config.backbone_config["image_size"]
+    shown = [np.asarray(Image.open(io.BytesIO(b"\x89PNG" + data))) for data in pictures]
+    assert {picture.shape for picture in shown} == {(2 * side, 8 * side, 3)}
+    assert all((picture[:side] == shown[0][:side]).all() for picture in shown)
+    assert (shown[3][side:] != shown[0][side:]).any()  # maps change
     said = capfd.readouterr().err
     assert "starting: 8 x cpu, vit frozen, 3,845 trained parameters, 64 images, 12 steps" in said
     assert f"before training: AD_100 {measured[0]['AD_100']:.1f}" in said

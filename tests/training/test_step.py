@@ -61,8 +61,8 @@ def literal_loss(backbone, attention, images, masking, recipe):
     ("masking", "recipe", "group"),
     [
         ("pixel", "paper", 8),
-        ("pixel", "reference", 2),
-        ("standardised", "paper", 2),
+        pytest.param("pixel", "reference", 2, marks=pytest.mark.slow),
+        pytest.param("standardised", "paper", 2, marks=pytest.mark.slow),
         ("standardised", "reference", 8),
     ],
 )
@@ -103,7 +103,7 @@ def test_each_device_takes_its_part_alone_and_results_are_averaged():
             np.testing.assert_allclose(together, (first + second) / 2, atol=1e-6)
 
 
-@pytest.mark.parametrize("recipe", ["paper", "reference"])
+@pytest.mark.parametrize("recipe", ["paper", pytest.param("reference", marks=pytest.mark.slow)])
 def test_synchronised_the_number_of_devices_changes_nothing(recipe):
     """Not even with one image a device, whose own Psi would be a single map."""
     results = []

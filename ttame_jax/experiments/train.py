@@ -1,14 +1,24 @@
 """`ttame train`: trains an attention mechanism and validates it by AD and IC."""
 
+from collections.abc import Callable
+
+import jax
+import numpy as np
 from flax import nnx
 
 from ttame_jax.config import TrainConfig
-from ttame_jax.data import load_source, select
+from ttame_jax.data import Source, evaluation_batches, load_source, select
 from ttame_jax.errors import Damaged
-from ttame_jax.methods import TTAME
+from ttame_jax.explainer import Explainer
+from ttame_jax.methods import TTAME, Method
 from ttame_jax.metrics.evaluation import Evaluator
+from ttame_jax.pictures import overlay
+from ttame_jax.preprocessing import to_float
+from ttame_jax.training.log import Validation
 from ttame_jax.training.loop import Diverged, Trainer, Validate
 from ttame_jax.training.step import TrainState
+
+PANEL_IMAGES = 8
 
 
 def train(config: TrainConfig) -> bool:
@@ -35,19 +45,26 @@ def make_validate(trainer: Trainer) -> Validate | None:
     source = load_source(
         config.dataset, config.validation_split, config.data_dir, config.max_pixels
     )
+    indices = select(source, config.validation_list, config.validation_images)
+    method = TTAME(trainer.backbone, trainer.attention)
     evaluator = Evaluator(
-        TTAME(trainer.backbone, trainer.attention),
+        method,
         source,
         masking=trainer.masking,
-        indices=select(source, config.validation_list, config.validation_images),
+        indices=indices,
         batch_size=trainer.batch_size,
     )
 
-    def validate(state: TrainState) -> dict[str, float]:
+    draw = None
+    if jax.process_index() == 0:
+        spread = np.linspace(0, len(indices) - 1, min(PANEL_IMAGES, len(indices)))
+        draw = panel(method, source, indices[spread.astype(int)])
+
+    def validate(state: TrainState) -> Validation:
         attention = nnx.merge_state(state.params, state.batch_stats)
         whole = nnx.State({"backbone": trainer.backbone_state, "attention": attention})
         try:
-            return evaluator.figures(whole)
+            return Validation(evaluator.figures(whole), draw(whole) if draw else None)
         except Damaged:  # images
             raise
         except ValueError as error:  # finite parameters may give maps that are not
@@ -57,3 +74,22 @@ def make_validate(trainer: Trainer) -> Validate | None:
             ) from error
 
     return validate
+
+
+def panel(method: Method, source: Source, indices: np.ndarray) -> Callable[[nnx.State], np.ndarray]:
+    """Returns a function that draws a few images above their maps, from a state of the method.
+
+    The maps are those of the classes that the backbone predicts. The picture is uint8
+    ``[2 H, N W, 3]``. It is computed on one device of this process.
+    """
+    graph, preprocessing = nnx.graphdef(method), method.backbone.preprocessing
+    (batch,) = evaluation_batches(source, preprocessing, len(indices), indices=indices)
+    images = batch["image"][batch["valid"]]
+
+    def draw(state: nnx.State) -> np.ndarray:
+        explainer = Explainer(nnx.merge(graph, jax.device_get(state)))
+        maps = np.asarray(explainer(to_float(images)).maps[:, 0])
+        columns = [np.concatenate([image, overlay(image, m)]) for image, m in zip(images, maps)]
+        return np.concatenate(columns, axis=1)
+
+    return draw

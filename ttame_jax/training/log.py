@@ -6,8 +6,10 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 from tqdm import tqdm
 
@@ -22,6 +24,18 @@ def say(line: str) -> None:
     """Prints a line above the progress bar, in process 0 only."""
     if jax.process_index() == 0:
         tqdm.write(line, file=sys.stderr)
+
+
+class Validation(NamedTuple):
+    """What is logged of a validation.
+
+    Attributes:
+      metrics: means in % by name.
+      panel: a picture of some maps, uint8 ``[H, W, 3]``. Only process 0 needs it.
+    """
+
+    metrics: dict[str, float]
+    panel: np.ndarray | None = None
 
 
 class Log:
@@ -73,10 +87,13 @@ class Log:
         self.bar.set_postfix(loss=f"{values['loss']:.3f}", rate=f"{values['learning_rate']:.1e}")
         self._append("metrics", step, values)
 
-    def write_validation(self, step: int, epoch: int, values: dict[str, float]) -> None:
+    def write_validation(self, step: int, epoch: int, validation: Validation) -> None:
+        values = validation.metrics
         table = ", ".join(f"{name} {value:.1f}" for name, value in values.items())
         say(f"epoch {epoch}: {table}" if epoch else f"before training: {table}")
         self._append("validation", step, {"epoch": epoch, **values})
+        if self._writes and validation.panel is not None:
+            self.writer.add_image("maps", validation.panel, step, dataformats="HWC")
         self._start_interval(step)
 
     def _start_interval(self, step: int) -> None:

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ttame_jax import labels
-from ttame_jax.config import CONFIG_FILE, TrainConfig
+from ttame_jax.config import CONFIG_FILE, TrainConfig, resolved
 from ttame_jax.data import load_source
 from ttame_jax.data.loader import Batches, train_batches
 from ttame_jax.errors import Failure
@@ -28,13 +28,13 @@ from ttame_jax.runs import build_attention, build_backbone, load_config, load_in
 from ttame_jax.training.batch_size import largest_batch
 from ttame_jax.training.checkpoints import Checkpoints
 from ttame_jax.training.feed import Feed
-from ttame_jax.training.log import Log, say
+from ttame_jax.training.log import Log, Validation, say
 from ttame_jax.training.optimizer import OneCycle, one_cycle_sgd
 from ttame_jax.training.step import TrainState, initial_state, make_train_step
 from ttame_jax.weights.transfer import digest
 
-Validate = Callable[[TrainState], dict[str, float]]
-"""Computes the validation metrics of a state, by name (``AD_15`` and ``IC_15`` among them)."""
+Validate = Callable[[TrainState], Validation]
+"""Validates a state. ``AD_15`` and ``IC_15`` are among its metrics."""
 
 
 _optimizer = functools.lru_cache(maxsize=8)(one_cycle_sgd)
@@ -164,10 +164,11 @@ class Trainer:
                     if infinite == PATIENCE or (saves and not _all_finite(state)):
                         raise self._diverged(step, learning_rate(step - 1), checkpoints.latest)
                     if epoch_ends:
-                        figures = validate(state) if validate else None
-                        if figures:
-                            log.write_validation(step, step // plan.steps_per_epoch, figures)
-                        checkpoints.save(state, feed.state, figures)
+                        validation = validate(state) if validate else None
+                        if validation:
+                            log.write_validation(step, step // plan.steps_per_epoch, validation)
+                        metrics_saved = validation.metrics if validation else None
+                        checkpoints.save(state, feed.state, metrics_saved)
                     elif saves:
                         checkpoints.save(state, feed.state)
                     if stop:
@@ -271,10 +272,11 @@ def _check_same(before: TrainConfig, config: TrainConfig) -> None:
     free = UNRELATED
     if load_inputs(config.output):  # what is read is compared itself, and may have moved
         free = free | {"weights", "data_dir"}
+    old, new = resolved(before), resolved(config)
     changed = [
         f"--{field.name.replace('_', '-')} was {getattr(before, field.name)}"
         for field in dataclasses.fields(config)
-        if field.name not in free and getattr(before, field.name) != getattr(config, field.name)
+        if field.name not in free and getattr(old, field.name) != getattr(new, field.name)
     ]
     if changed:
         raise ValueError(
