@@ -30,10 +30,11 @@ def backbone(
     """
     from ttame_jax.files import check_output_file
     from ttame_jax.weights import load_backbone, save_backbone
+    from ttame_jax.weights.backbones import default_weights
     from ttame_jax.weights.transfer import parameters
 
     check_output_file(output)
-    weights = weights or ("timm" if name.startswith("timm:") else "torchvision")
+    weights = weights or default_weights(name)
     model = load_backbone(name, weights, num_classes=num_classes, image_size=image_size)
     save_backbone(model, output)
     count = sum(value.size for value in parameters(model).values())

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import math
 import os
+import re
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from ttame_jax.data.transforms import MAX_PIXELS
 from ttame_jax.files import in_bucket, to_json, write_atomically
 from ttame_jax.losses import LossConfig
 from ttame_jax.preprocessing import Masking
+from ttame_jax.weights.backbones import default_weights
 
 CONFIG_FILE = "config.json"
 INPUTS = "inputs"
@@ -33,10 +35,11 @@ class Common:
     """What most runs set."""
 
     backbone: str
-    """Name of the frozen classifier, such as vgg16, resnet50, vit_b16 or timm:MODEL."""
+    """Name of the frozen classifier, such as vgg16, resnet50, vit_b16, timm:MODEL or
+    hf:OWNER/NAME."""
     weights: str | None = "torchvision"
-    """Weights of the backbone: a .safetensors, .pth, .pt or .ckpt file, torchvision, timm or
-    timm:MODEL."""
+    """Weights of the backbone: a .safetensors, .pth, .pt or .ckpt file, torchvision, timm,
+    timm:MODEL, or hf for the backbone hf:OWNER/NAME."""
     dataset: str = "imagenet2012"
     """A TFDS data set prepared in --data-dir, folder:DIR, or digits. Labels are not used."""
     epochs: int = 8
@@ -216,9 +219,9 @@ def preset(backbone: str) -> TrainConfig:
     """The configuration of that name in ``configs``, or the defaults."""
     if backbone is tyro.MISSING:
         return TrainConfig(backbone=backbone, output=tyro.MISSING)
-    output = Path("runs") / backbone.replace(":", "_")
-    if backbone.startswith("timm:"):
-        return TrainConfig(backbone=backbone, output=output, weights="timm")
+    output = Path("runs") / re.sub(r"\W+", "_", backbone)
+    if ":" in backbone:
+        return TrainConfig(backbone=backbone, output=output, weights=default_weights(backbone))
     public = backbone.isidentifier() and not backbone.startswith("_")
     if public and importlib.util.find_spec(f"{PRESETS}.{backbone}"):
         return importlib.import_module(f"{PRESETS}.{backbone}").CONFIG

@@ -1,12 +1,11 @@
 """timm: its models, and its weights on the Hugging Face hub."""
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 from . import INSTALL
-from .downloads import download
+from .hub import files_of
 from .torch_import import import_torchvision
 
 
@@ -62,26 +61,8 @@ def weights(model: str) -> tuple[Path, dict[str, Any]]:
       ValueError: the model's tag is not known.
       FileNotFoundError: they cannot be downloaded.
     """
-    repository = f"timm/{_tagged(model)}"
-    try:
-        card, path = (_from_hub(repository, file) for file in ("config.json", "model.safetensors"))
-    except OSError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(
-            f"cannot download {repository} ({reason}); on a machine with access run "
-            f"'hf download {repository}' and copy its Hugging Face cache folder here"
-        ) from None
-    return Path(path), read_card(json.loads(Path(card).read_text()))
-
-
-def _from_hub(repository: str, file: str) -> str:
-    """The path of a file in the hub's cache, where it is downloaded if it is missing."""
-    from huggingface_hub import constants, errors, hf_hub_download
-
-    with contextlib.suppress(errors.LocalEntryNotFoundError):
-        return hf_hub_download(repository, file, local_files_only=True)
-    with contextlib.nullcontext() if constants.HF_HUB_OFFLINE else download(constants.ENDPOINT):
-        return hf_hub_download(repository, file)
+    card, path = files_of(f"timm/{_tagged(model)}", ("config.json", "model.safetensors"))
+    return path, read_card(json.loads(card.read_text()))
 
 
 def read_card(card: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ttame_jax.files import Tensors
+
 from .base import Architecture
 from .tensors import Table
 
@@ -67,6 +69,23 @@ class Timm(Library):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HuggingFace:
+    """A family in Hugging Face's transformers.
+
+    Attributes:
+      model_types: as in ``config.json``.
+      read: the architecture that a ``config.json`` describes, except for classes and preprocessing.
+      refusals: reasons why a model with that ``config.json`` cannot be built here.
+      renamed: a checkpoint's tensors under timm's names; any others as they are.
+    """
+
+    model_types: tuple[str, ...]
+    read: Callable[[Mapping[str, Any]], dict[str, Any]]
+    refusals: Callable[[Mapping[str, Any]], Iterator[str]]
+    renamed: Callable[[Tensors], Tensors]
+
+
+@dataclass(frozen=True, kw_only=True)
 class AuthorsCode:
     """A family in the authors' PyTorch code.
 
@@ -90,7 +109,7 @@ class Family:
       architecture: the class of its architectures.
       architectures: the architectures that have a name.
       free: fields that a caller of `load_backbone` may set, by name of the architecture.
-      torchvision, timm, authors: the family in PyTorch; None where it does not exist.
+      torchvision, timm, huggingface, authors: the family in PyTorch; None where it does not exist.
     """
 
     backbone: type[Any]
@@ -99,6 +118,7 @@ class Family:
     free: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     torchvision: Torchvision | None = None
     timm: Timm | None = None
+    huggingface: HuggingFace | None = None
     authors: AuthorsCode | None = None
 
     @property

@@ -1,6 +1,8 @@
 """ResNet (He et al., 2016, arXiv:1512.03385) and ResNeXt. Bottlenecks have their stride in the 3x3
 convolution, as in torchvision and timm (ResNet v1.5)."""
 
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,13 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ttame_jax.compilers import max_pool
+from ttame_jax.files import Tensors
 from ttame_jax.preprocessing import DIGITS
 
 from . import base
 from .base import Backbone, chain
-from .family import AuthorsCode, Family, Timm, Torchvision
+from .family import AuthorsCode, Family, HuggingFace, Timm, Torchvision
 from .layers import Conv, FrozenBatchNorm, classify
-from .tensors import CONV, LINEAR, Table, batch_norm, weights
+from .tensors import CONV, LINEAR, Table, batch_norm, renamed, weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +266,48 @@ DIGITS_CNN = Architecture(
     preprocessing=DIGITS,
 )
 
+
+def _huggingface_read(config: Mapping[str, Any]) -> dict[str, Any]:
+    expansion = 4 if config["layer_type"] == "bottleneck" else 1
+    return {
+        "block": config["layer_type"],
+        "depths": tuple(config["depths"]),
+        "widths": tuple(size // expansion for size in config["hidden_sizes"]),
+        "stem": (config["embedding_size"],),
+    }
+
+
+def _huggingface_refusals(config: Mapping[str, Any]) -> Iterator[str]:
+    for option in ("downsample_in_bottleneck", "downsample_in_first_stage"):
+        if config.get(option):
+            yield f"has {option}"
+    if config["hidden_act"] != "relu":
+        yield f"has the activation {config['hidden_act']}"
+
+
+def _huggingface_renamed(tensors: Tensors) -> Tensors:
+    def layer(match: re.Match) -> str:
+        stage, block, i = (int(match[name]) for name in ("stage", "block", "i"))
+        kind = "conv" if match["kind"] == "convolution" else "bn"
+        return f"layer{stage + 1}.{block}.{kind}{i + 1}."
+
+    def shortcut(match: re.Match) -> str:
+        which = 0 if match["kind"] == "convolution" else 1
+        return f"layer{int(match['stage']) + 1}.{match['block']}.downsample.{which}."
+
+    block = r"^resnet\.encoder\.stages\.(?P<stage>\d+)\.layers\.(?P<block>\d+)\."
+    kind = r"\.(?P<kind>convolution|normalization)\."
+    names = {
+        r"^resnet\.embedder\.embedder\.convolution\.": "conv1.",
+        r"^resnet\.embedder\.embedder\.normalization\.": "bn1.",
+        block + r"layer\.(?P<i>\d+)" + kind: layer,
+        block + "shortcut" + kind: shortcut,
+        r"^classifier\.1\.": "fc.",
+    }
+    is_theirs = any(key.startswith("resnet.") for key in tensors)
+    return renamed(tensors, names) if is_theirs else tensors
+
+
 FAMILY = Family(
     backbone=ResNet,
     architecture=Architecture,
@@ -288,6 +333,12 @@ FAMILY = Family(
         layers=frozenset(["BasicBlock", "Bottleneck", "MaxPool2d", "AvgPool2d"]),
         read=_read,
         refusals=_refusals,
+    ),
+    huggingface=HuggingFace(
+        model_types=("resnet",),
+        read=_huggingface_read,
+        refusals=_huggingface_refusals,
+        renamed=_huggingface_renamed,
     ),
     authors=AuthorsCode(nodes=_feature_nodes),
 )

@@ -5,8 +5,13 @@ A family lists its tensors as a table of `Entry(torch_key, flax_path, transform)
 given module (its depth, with or without BatchNorm), so all variants of a family share one.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+import numpy as np
+
+from ttame_jax.files import Tensors
 
 
 class Transform(NamedTuple):
@@ -57,3 +62,17 @@ def batch_norm(torch: str, flax: str) -> Table:
     names = {"running_mean": "mean", "running_var": "var", "num_batches_tracked": "count"}
     statistics = [Entry(f"{torch}.{t}", f"{flax}.{f}", SAME) for t, f in names.items()]
     return layer_norm(torch, flax) + statistics
+
+
+def renamed(
+    tensors: Tensors, names: Mapping[str, str | Callable[[re.Match], str]]
+) -> dict[str, np.ndarray]:
+    """Tensors with the first regular expression that matches a key replaced, as by `re.sub`."""
+
+    def new(key: str) -> str:
+        for pattern, name in names.items():
+            if re.search(pattern, key):
+                return re.sub(pattern, name, key)
+        return key
+
+    return {new(key): value for key, value in tensors.items()}

@@ -2,7 +2,7 @@
 register tokens, no class token, LayerScale, CLIP's first LayerNorm."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any, Literal
@@ -13,13 +13,14 @@ import numpy as np
 from flax import nnx
 
 from ttame_jax.compilers import attend, gelu
+from ttame_jax.files import Tensors
 from ttame_jax.preprocessing import DIGITS, Preprocessing
 
 from . import base
 from .base import Backbone, State, chain
-from .family import AuthorsCode, Call, Family, Timm, Torchvision
+from .family import AuthorsCode, Call, Family, HuggingFace, Timm, Torchvision
 from .layers import classify
-from .tensors import CONV, LINEAR, SAME, Entry, Table, layer_norm, weights
+from .tensors import CONV, LINEAR, SAME, Entry, Table, layer_norm, renamed, weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,6 +380,54 @@ def _read(module) -> dict[str, Any]:
     }
 
 
+HUGGINGFACE_NAMES = {
+    r"^\w+\.embeddings\.cls_token$": "cls_token",
+    r"^\w+\.embeddings\.position_embeddings$": "pos_embed",
+    r"^\w+\.embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
+    r"^\w+\.encoder\.layer\.(\d+)\.layernorm_before\.": r"blocks.\1.norm1.",
+    r"^\w+\.encoder\.layer\.(\d+)\.layernorm_after\.": r"blocks.\1.norm2.",
+    r"^\w+\.encoder\.layer\.(\d+)\.attention\.output\.dense\.": r"blocks.\1.attn.proj.",
+    r"^\w+\.encoder\.layer\.(\d+)\.attention\.attention\.": r"blocks.\1.attn.",
+    r"^\w+\.encoder\.layer\.(\d+)\.intermediate\.dense\.": r"blocks.\1.mlp.fc1.",
+    r"^\w+\.encoder\.layer\.(\d+)\.output\.dense\.": r"blocks.\1.mlp.fc2.",
+    r"^(vit|deit)\.layernorm\.": "norm.",
+    r"^classifier\.": "head.",
+}
+
+
+def _huggingface_renamed(tensors: Tensors) -> Tensors:
+    """Also joins the projections of queries, keys and values."""
+    if not any(key.startswith(("vit.", "deit.")) for key in tensors):
+        return tensors
+    tensors = renamed(tensors, HUGGINGFACE_NAMES)
+    joined = {k: v for k, v in tensors.items() if not re.search(r"attn\.(query|key|value)\.", k)}
+    for key in tensors:
+        names = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        if ".attn.query." in key and all(name in tensors for name in names):
+            joined[key.replace("query", "qkv")] = np.concatenate([tensors[n] for n in names])
+    return joined
+
+
+def _huggingface_read(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "patch_size": config["patch_size"],
+        "width": config["hidden_size"],
+        "depth": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "mlp_width": config["intermediate_size"],
+        "epsilon": config["layer_norm_eps"],
+        "qkv_bias": config.get("qkv_bias", True),
+        "activation": config["hidden_act"],
+    }
+
+
+def _huggingface_refusals(config: Mapping[str, Any]) -> Iterator[str]:
+    if config["hidden_act"] not in ACTIVATIONS:
+        yield f"has the activation {config['hidden_act']}"
+    if "WithTeacher" in config.get("architectures", [""])[0]:
+        yield "has a distillation token"
+
+
 FAMILY = Family(
     backbone=ViT,
     architecture=Architecture,
@@ -449,6 +498,12 @@ FAMILY = Family(
         read=_read,
         refusals=_refusals,
         image_size=lambda module: module.patch_embed.img_size[0],
+    ),
+    huggingface=HuggingFace(
+        model_types=("vit", "deit"),
+        read=_huggingface_read,
+        refusals=_huggingface_refusals,
+        renamed=_huggingface_renamed,
     ),
     authors=AuthorsCode(nodes=_authors_nodes, models=("vit_b_16",), prefix="1."),
 )

@@ -14,18 +14,21 @@ from ttame_jax.convert.pytorch import checkpoints, timm, torchvision
 from ttame_jax.files import read_safetensors, write_safetensors
 from ttame_jax.preprocessing import Preprocessing
 
-from . import timm_models, transfer
+from . import huggingface, timm_models, transfer
 
 FORMAT = "ttame_jax"  # names our own layout in a safetensors file's metadata
 
 TIMM = "timm:"
 """Prefix of the name of a model whose architecture timm defines."""
 
+HUGGINGFACE = "hf:"
+"""Prefix of the name of a model of transformers on the Hugging Face hub, or of a folder of one."""
+
 _FAMILIES = {name: family for family in FAMILIES for name in family.architectures}
 
 
 def list_backbones() -> list[str]:
-    """All names that `load_backbone` knows, besides "timm:MODEL"."""
+    """All names that `load_backbone` knows, besides "timm:MODEL" and "hf:OWNER/NAME"."""
     return list(_FAMILIES)
 
 
@@ -37,10 +40,11 @@ def load_backbone(
     Args:
       name: one of `list_backbones()`, or "timm:MODEL" for a model of timm's in one of our
         families. timm then provides the architecture, unless `weights` is a file that
-        `save_backbone` wrote.
+        `save_backbone` wrote. "hf:OWNER/NAME" is an image classifier of transformers on the Hugging
+        Face hub, "hf:FOLDER" one on disk.
       weights: a file (`.safetensors`, `.pth`, `.pt` or `.ckpt`, in torchvision's, timm's or our own
         layout); "torchvision" (its IMAGENET1K_V1 weights); "timm" (its default weights) or
-        "timm:MODEL"; None for random initialisation from `seed`.
+        "timm:MODEL"; "hf" (those of the "hf:" model); None for random initialisation from `seed`.
       seed: of the random initialisation.
       **config: num_classes, image_size, dtype (of the computation and the feature maps, e.g.
         "bfloat16"), preprocessing; features ("pool" or "conv" for VGG, "block" or "norm" for ViT);
@@ -98,7 +102,7 @@ def _config(backbone: Backbone) -> dict[str, Any]:
         "num_classes": fields.pop("num_classes"),
         "preprocessing": fields.pop("preprocessing"),
     }
-    if backbone.name.startswith(TIMM):
+    if _is_foreign(backbone.name):
         config["architecture"] = {"family": family.backbone.__name__, **fields}
     for field in family.free.get(backbone.name, ()):
         config[field] = fields[field]
@@ -107,16 +111,30 @@ def _config(backbone: Backbone) -> dict[str, Any]:
 
 def _given(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The options that are not None, of a backbone that exists."""
-    if not name.startswith(TIMM) and name not in _FAMILIES:
+    if not _is_foreign(name) and name not in _FAMILIES:
         known = ", ".join(_FAMILIES)
-        raise ValueError(f"unknown backbone {name!r}; there are {known}, and timm:MODEL")
+        raise ValueError(
+            f"unknown backbone {name!r}; there are {known}, timm:MODEL and hf:OWNER/NAME"
+        )
     return {key: value for key, value in config.items() if value is not None}
 
 
+def _is_foreign(name: str) -> bool:
+    """Whether the source of a model's weights also defines its architecture."""
+    return name.startswith((TIMM, HUGGINGFACE))
+
+
+def default_weights(name: str) -> str:
+    """Where the published weights of a backbone come from: "torchvision", "timm" or "hf"."""
+    return name.partition(":")[0] if _is_foreign(name) else "torchvision"
+
+
 def _described(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration that timm gives one of its models."""
-    if not name.startswith(TIMM) or "architecture" in config:
+    """The configuration that timm or transformers gives one of its models."""
+    if not _is_foreign(name) or "architecture" in config:
         return {}
+    if name.startswith(HUGGINGFACE):
+        return huggingface.describe(name.removeprefix(HUGGINGFACE))
     return timm_models.describe(name.removeprefix(TIMM), config.get("num_classes"))
 
 
@@ -138,7 +156,7 @@ def _architecture(name: str, fields: dict[str, Any]) -> tuple[Family, Architectu
     if isinstance(preprocessing := fields.get("preprocessing"), Mapping):
         values = {key: _hashable(value) for key, value in preprocessing.items()}
         fields["preprocessing"] = Preprocessing(**values)
-    if not name.startswith(TIMM):
+    if not _is_foreign(name):
         return _FAMILIES[name], _FAMILIES[name].architectures[name]
     described = {key: _hashable(value) for key, value in fields.pop("architecture").items()}
     wanted = described.pop("family")
@@ -151,7 +169,7 @@ def _check_options(name: str, family: Family, fields: Mapping[str, Any]) -> None
     options = {"num_classes", "preprocessing", "image_size", "dtype"} | free
     if family.backbone.feature_kinds:
         options.add("features")
-    if name.startswith(TIMM):
+    if _is_foreign(name):
         options.add("architecture")
     for other, settable in family.free.items():
         if fixed := [field for field in settable if field in fields and field not in free]:
@@ -174,6 +192,10 @@ def _locate(name: str, weights: str | Path) -> tuple[Path, dict[str, Any]]:
     """A local safetensors file, and the configuration that its source describes."""
     if weights == "torchvision":
         return torchvision.weights(_published(name, "torchvision")), {}
+    if weights == "hf":
+        if not name.startswith(HUGGINGFACE):
+            raise ValueError(f"weights hf are those of an hf:OWNER/NAME, which {name} is not")
+        return huggingface.weights(name.removeprefix(HUGGINGFACE)), {}
     source, _, model = str(weights).partition(":")
     if source == "timm":
         own = name.removeprefix(TIMM) if name.startswith(TIMM) else _published(name, "timm")
@@ -181,7 +203,7 @@ def _locate(name: str, weights: str | Path) -> tuple[Path, dict[str, Any]]:
     path = Path(weights)
     if not path.is_file():
         raise FileNotFoundError(
-            f"no weights file {path}; weights are a file, torchvision, timm or timm:MODEL"
+            f"no weights file {path}; weights are a file, torchvision, timm, timm:MODEL or hf"
         )
     if path.suffix == ".safetensors":
         return path, {}

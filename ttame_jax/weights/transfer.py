@@ -171,6 +171,8 @@ def _plain_keys(backbone: Backbone, tensors: Mapping[str, np.ndarray], source: s
     for prefix in ("module.", "model.", BODY):
         if tensors and all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    if huggingface := family_of(backbone).huggingface:
+        tensors = huggingface.renamed(dict(tensors))
     torchvision = family_of(backbone).torchvision
     renamed = torchvision.renamed if torchvision else str
     plain = {renamed(key): value for key, value in tensors.items()}

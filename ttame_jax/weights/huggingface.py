@@ -1,0 +1,81 @@
+"""Image classifiers of transformers on the Hugging Face hub, or in a local folder."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ttame_jax.backbones import FAMILIES
+from ttame_jax.backbones.family import Family
+from ttame_jax.convert.pytorch.hub import files_of
+from ttame_jax.errors import Damaged
+
+from .timm_models import UnsupportedModel
+
+FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
+RESAMPLING = {2: "bilinear", 3: "bicubic"}
+
+
+def describe(model: str) -> dict[str, Any]:
+    """The configuration with which `load_backbone` builds a model.
+
+    Args:
+      model: OWNER/NAME on the hub, or a folder that `save_pretrained` wrote.
+
+    Returns:
+      num_classes, preprocessing and architecture, as `timm_models.describe` does.
+
+    Raises:
+      UnsupportedModel: the model cannot be built here.
+      FileNotFoundError: it cannot be downloaded.
+      Damaged: its configuration is not one of transformers.
+    """
+    config, processor = (json.loads(path.read_text()) for path in files_of(model, FILES[:2]))
+    family = _family(config.get("model_type"))
+    if family is None or family.huggingface is None:
+        raise UnsupportedModel(f"hf:{model}", [f"is a {config.get('model_type')}"])
+    try:
+        if reasons := list(family.huggingface.refusals(config)):
+            raise UnsupportedModel(f"hf:{model}", reasons)
+        return {
+            "num_classes": len(config.get("id2label", "01")),
+            "preprocessing": _preprocessing(processor),
+            "architecture": {"family": family.backbone.__name__} | family.huggingface.read(config),
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"the configuration of hf:{model} lacks {error}") from error
+
+
+def weights(model: str) -> Path:
+    """The path of a model's ``model.safetensors``.
+
+    Raises:
+      FileNotFoundError: it cannot be downloaded.
+    """
+    (path,) = files_of(model, FILES[2:])
+    return path
+
+
+def _family(model_type: str | None) -> Family | None:
+    known = (f for f in FAMILIES if f.huggingface and model_type in f.huggingface.model_types)
+    return next(known, None)
+
+
+def _preprocessing(processor: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `Preprocessing`. Where transformers squashes an image, its centre is cut out."""
+    side, crop = (_side(processor.get(name)) for name in ("size", "crop_size"))
+    if crop and processor.get("do_center_crop"):
+        sizes = {"image_size": crop, "resize_size": side}
+    else:
+        sizes = {"image_size": side, "resize_size": int(side / processor.get("crop_pct", 1))}
+    return sizes | {
+        "interpolation": RESAMPLING[processor["resample"]],
+        "mean": tuple(processor["image_mean"]),
+        "std": tuple(processor["image_std"]),
+    }
+
+
+def _side(size: Any) -> int:
+    if isinstance(size, Mapping):
+        return int(size.get("shortest_edge") or size["height"])
+    return int(size or 0)
