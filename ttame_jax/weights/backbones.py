@@ -38,8 +38,8 @@ def load_backbone(
       name: one of `list_backbones()`, or "timm:MODEL" for a model of timm's in one of our
         families. timm then provides the architecture, unless `weights` is a file that
         `save_backbone` wrote.
-      weights: a file (`.safetensors`, `.pth`, `.pt` or `.ckpt`, in torchvision's, timm's or our own
-        layout); "torchvision" (its IMAGENET1K_V1 weights); "timm" (its default weights) or
+      weights: a file (``.safetensors``, ``.pth``, ``.pt`` or ``.ckpt``, in torchvision's, timm's or
+        our own layout); "torchvision" (its IMAGENET1K_V1 weights); "timm" (its default weights) or
         "timm:MODEL"; None for random initialisation from `seed`.
       seed: of the random initialisation.
       **config: num_classes, image_size, dtype (of the computation and the feature maps, e.g.
