@@ -1,17 +1,21 @@
 """The documentation site. `make docs` builds it."""
 
+import re
 from importlib.metadata import version as version_of
 from pathlib import Path
 
+import jax
 from docutils import nodes
 from flax import nnx
 from sphinx import addnodes
 from sphinx.util import inspect
+from sphinx.util.typing import stringify_annotation
 
 ROOT = Path(__file__).parents[1]
 REPOSITORY = "https://github.com/ttame-jax/ttame-jax"
 INCLUDED = {"README": "index", "CONTRIBUTING": "contributing", "CHANGELOG": "changelog"}
 """Files outside this folder, by stem, and the pages that include them."""
+ARRAY_LIKE = stringify_annotation(jax.typing.ArrayLike, "smart")
 
 project = "ttame-jax"
 author = copyright = "The ttame-jax authors"
@@ -19,12 +23,12 @@ release = version_of("ttame-jax")
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
-highlight_language = "none"
+highlight_language = "default"
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are stored with their outputs
 
 default_role = "py:obj"  # a name in single backticks leads to its entry in the API reference
-autodoc_default_options = {"members": True, "special-members": "__call__"}
+autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
 napoleon_use_ivar = True
 napoleon_use_rtype = False
@@ -45,7 +49,7 @@ html_theme_options = {
 
 def setup(app):
     app.connect("doctree-read", lead_outside)
-    app.connect("autodoc-process-signature", signature_of_module)
+    app.connect("autodoc-process-signature", readable_signature)
 
 
 def lead_outside(app, document):
@@ -61,9 +65,10 @@ def lead_outside(app, document):
             link.replace_self(nodes.reference("", "", *link.children, refuri=address))
 
 
-def signature_of_module(app, what, name, obj, options, signature, result):
-    """The arguments of an NNX module, which its metaclass hides."""
-    if what != "class" or not issubclass(obj, nnx.Module):
-        return None
-    arguments = inspect.signature(obj.__init__, bound_method=True)
-    return inspect.stringify_signature(arguments, unqualified_typehints=True), result
+def readable_signature(app, what, name, obj, options, signature, result):
+    """Shows the arguments of an NNX module, which its metaclass hides, and JAX's alias of arrays."""
+    if what == "class" and issubclass(obj, nnx.Module):
+        arguments = inspect.signature(obj.__init__, bound_method=True)
+        signature = inspect.stringify_signature(arguments, unqualified_typehints=True)
+        signature = re.sub(r"<class '([\w.]+)'>", r"\1", signature)
+    return signature and signature.replace(ARRAY_LIKE, "~jax.typing.ArrayLike"), result
