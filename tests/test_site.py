@@ -86,4 +86,5 @@ def test_the_site_builds_without_warnings(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", DOCS, tmp_path / "site"]
     built = subprocess.run(command, check=False, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
-    assert "photographs.jpg" in (tmp_path / "site" / "index.html").read_text()
+    page = (tmp_path / "site" / "contributing.html").read_text()
+    assert 'href="changelog.html"' in page and "blob/main/LICENSE" in page and "GradCAM" in page
