@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo check test test-slow test-lowest bench clean
+.PHONY: demo check test test-slow test-lowest bench docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/ttame demo --output demo
@@ -38,6 +38,11 @@ $(VENV)/.dev: pyproject.toml
 	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
 	touch $@ $(VENV)/.demo
 
+$(VENV)/.docs: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-compile --editable '.[docs]'
+	touch $@
+
 # The oldest versions that pyproject.toml allows, without PyTorch and TensorFlow: training,
 # explaining and evaluating.
 test-lowest:
@@ -54,5 +59,9 @@ DEVICE ?= cpu
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/report.py --device $(DEVICE)
 
+# The documentation site, docs/_build/html/index.html.
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build -W --keep-going docs docs/_build/html
+
 clean:
-	rm -rf $(VENV) .venv-lowest demo
+	rm -rf $(VENV) .venv-lowest demo docs/_build

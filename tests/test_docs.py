@@ -1,20 +1,19 @@
 import ast
 import importlib
 import re
-from pathlib import Path
+import tomllib
 
 import pytest
+from pages import DOCS, PAGES, ROOT, blocks, text
 from PIL import Image
 
 import ttame_jax
 from ttame_jax.cli import COMMANDS, main
 from ttame_jax.methods import list_methods, method_title
 from ttame_jax.metrics import list_metrics
+from ttame_jax.weights import list_backbones
 
 pytestmark = pytest.mark.quick
-
-ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
 
 
 @pytest.mark.parametrize("name", list_methods())
@@ -27,16 +26,29 @@ def test_every_metric_is_documented(name):
     assert f"`{name}`" in (DOCS / "metrics.md").read_text()
 
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+@pytest.mark.parametrize("name", list_backbones())
+def test_every_backbone_is_documented(name):
+    assert f"`{name}`" in (DOCS / "models.md").read_text()
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+def test_every_public_name_is_in_the_api_reference():
+    documented = re.findall(
+        r"^\.\. auto\w+:: (?:\w+\.)*(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE
+    )
+    assert set(ttame_jax.__all__) <= set(documented)
+
+
+def test_every_layer_is_in_the_diagram():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        contract, *_ = tomllib.load(file)["tool"]["importlinter"]["contracts"]
+    modules = set(re.findall(r"[\w.]+", " ".join(contract["layers"])))
+    drawn = set(re.findall(r"[\w.]+", (DOCS / "layers.svg").read_text()))
+    assert modules - drawn <= {name for name in modules if name.startswith("convert.")}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files(page):
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text(page)):
         assert target.startswith(("https://", "mailto:")) or (page.parent / target).exists(), target
 
 

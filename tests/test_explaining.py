@@ -1,3 +1,4 @@
+import absl.logging
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,6 +31,13 @@ def test_a_run_explains_a_path_as_its_explainer_does(run, photograph):
     np.testing.assert_array_equal(explanation.classes, expected.classes[0])
     np.testing.assert_allclose(explanation.probabilities, expected.probabilities[0], rtol=1e-5)
     assert explanation.image.shape == (40, 36, 3)
+
+
+def test_loading_a_run_logs_nothing(run, caplog):
+    absl.logging.set_verbosity(absl.logging.WARNING)  # the default, which commands change
+    load_explainer(run)
+    assert [record.getMessage() for record in caplog.records] == []
+    assert absl.logging.get_verbosity() == absl.logging.WARNING
 
 
 def test_every_kind_of_picture_gives_the_same_maps(run, photograph):

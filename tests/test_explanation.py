@@ -67,7 +67,7 @@ def test_arrays_are_saved(tmp_path):
 
 def test_notebooks_show_it():
     page = explanation()._repr_html_()
-    assert page.startswith('<img src="data:image/png;base64,') and "a &lt;dog&gt;" in page
+    assert page.startswith('<img src="data:image/jpeg;base64,') and "a &lt;dog&gt;" in page
 
 
 def test_tiles_are_weighted_by_their_confidence_and_averaged_where_they_overlap():

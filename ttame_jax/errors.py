@@ -51,6 +51,17 @@ def no_word_of_closed_loops() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def only_errors_logged() -> Iterator[None]:
+    """Suppresses Orbax's warnings, such as that a checkpoint is read-only."""
+    before = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(min(before, absl.logging.ERROR))
+    try:
+        yield
+    finally:
+        absl.logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
     """Prints a user error in one line and exits.
 

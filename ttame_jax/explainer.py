@@ -40,7 +40,7 @@ class Explainer:
     """Explains images with a method.
 
     Args:
-      method: T-TAME (`ttame_jax.methods.TTAME`) or any other method.
+      method: T-TAME (`TTAME`) or any other method.
       class_names: one for each class; None is ImageNet's for a classifier of 1000 classes, and none
         for others.
 

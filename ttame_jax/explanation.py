@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import html
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -145,8 +146,10 @@ class Explanation:
         )
 
     def _repr_html_(self) -> str:
-        data = base64.b64encode(pictures.to_png(self.figure())).decode()
-        return f'<img src="data:image/png;base64,{data}" alt="{html.escape(repr(self))}">'
+        file = io.BytesIO()
+        self.figure().save(file, "JPEG", quality=90)  # a PNG would be six times as large
+        data = base64.b64encode(file.getvalue()).decode()
+        return f'<img src="data:image/jpeg;base64,{data}" alt="{html.escape(repr(self))}">'
 
 
 def merge_tiles(

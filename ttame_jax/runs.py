@@ -20,7 +20,7 @@ from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import Backbone
 from ttame_jax.checks import accepts
 from ttame_jax.config import CONFIG_FILE, INPUTS, TrainConfig, located
-from ttame_jax.errors import Damaged, Failure, no_word_of_closed_loops
+from ttame_jax.errors import Damaged, Failure, no_word_of_closed_loops, only_errors_logged
 from ttame_jax.explainer import Explainer
 from ttame_jax.files import absolute, check_bucket, digest
 from ttame_jax.losses import LossConfig
@@ -272,6 +272,7 @@ def save_attention(
         manager.save(step, args=items)
 
 
+@only_errors_logged()
 def load_attention(run_dir: str | Path, attention: AttentionMechanism) -> int:
     """Fills the mechanism from the run's best checkpoint, or its last one if none was validated.
 

@@ -1,4 +1,4 @@
-"""The metrics as functions of arrays, for any classifier and any maps.
+"""The metrics as functions of arrays, for any classifier and any maps::
 
     from ttame_jax.metrics import functional
 

@@ -42,7 +42,7 @@ def load_backbone(
         families. timm then provides the architecture, unless `weights` is a file that
         `save_backbone` wrote. "hf:OWNER/NAME" is an image classifier of transformers on the Hugging
         Face hub, "hf:FOLDER" one on disk.
-      weights: a file (`.safetensors`, `.pth`, `.pt` or `.ckpt`, in torchvision's, timm's or our own
+      weights: a file (``.safetensors``, ``.pth``, ``.pt`` or ``.ckpt``, in torchvision's, timm's or our own
         layout); "torchvision" (its IMAGENET1K_V1 weights); "timm" (its default weights) or
         "timm:MODEL"; "hf" (those of the "hf:" model); None for random initialisation from `seed`.
       seed: of the random initialisation.
