@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -16,6 +17,7 @@ from ttame_jax.compilers import (
     depthwise_convolve,
     gelu,
     in_groups,
+    layer_norm,
     max_pool,
     unfused_relu,
 )
@@ -265,6 +267,17 @@ def test_max_pool_and_its_gradient_equal_pytorchs(
 def test_only_the_program_of_a_cpu_has_its_own_max_pool_gradient(platform, scatters):
     program = lowered(jax.grad(lambda x: max_pool(x, 3, 2, (1, 1)).sum()), platform, IMAGES)
     assert ("stablehlo.select_and_scatter" in program) == scatters
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_layer_norm_is_flax_s(dtype):
+    module = nnx.LayerNorm(8, epsilon=1e-3, dtype=dtype, rngs=nnx.Rngs(0))
+    scale, bias = jax.random.normal(jax.random.key(0), (2, 8))
+    module.scale[...], module.bias[...] = scale, bias
+    x = (3 * jax.random.normal(jax.random.key(1), (4, 5, 8)) + 2).astype(dtype)
+    found = layer_norm(x, scale.astype(dtype), bias.astype(dtype), 1e-3)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(*map(np.float32, (found, module(x))), atol=1e-6, rtol=1e-6)
 
 
 def test_gelu_and_its_derivative_are_exact():

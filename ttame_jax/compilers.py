@@ -1,9 +1,9 @@
 """Operations that are written in a special way because of one compiler.
 
 Each function computes a standard operation. It differs from the obvious implementation only because
-XLA or JAX is slow or fails there on some platform. The comment in each one gives the reason and the
-condition under which it can be removed. The observations were made with JAX and jaxlib 0.10 unless
-the comment names another version.
+XLA, JAX or ONNX Runtime is slow or fails there on some platform. The comment in each one gives the
+reason and the condition under which it can be removed. The observations were made with JAX and
+jaxlib 0.10 unless the comment names another version.
 
 Implementations are chosen when a program is lowered (`jax.lax.platform_dependent`) or by the
 devices of a mesh, never by the default backend. A machine without an accelerator can therefore
@@ -291,6 +291,30 @@ def _gelu_jvp(primals, tangents):
     return gelu(x), (cumulative + x * density) * tangent
 
 
+@jax.jit
+def layer_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: jax.typing.ArrayLike
+) -> jax.Array:
+    """Normalises x [..., D] over the last axis, and applies scale [D] and bias [D], as Flax does.
+
+    Statistics are computed in at least float32. The result has the dtype of x.
+    """
+    # `jax.jit` gives the function a name in a JAX program, by which `ttame_jax.export` recognises it.
+    # As one node it is several times faster in ONNX Runtime than as many. Remove, and use Flax's,
+    # when Flax's is under `jax.jit`.
+    values = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = values.mean(-1, keepdims=True)
+    var = jnp.maximum(jnp.square(values).mean(-1, keepdims=True) - jnp.square(mean), 0)
+    return ((x - mean) * (jax.lax.rsqrt(var + epsilon) * scale) + bias).astype(x.dtype)
+
+
+@jax.jit
+def attention_weights(scores: jax.Array) -> jax.Array:
+    """The softmax over the keys of scores [..., queries, keys], which are scaled already."""
+    # For ONNX Runtime, as `layer_norm`. Remove when `jax.nn.softmax` is under `jax.jit`.
+    return jax.nn.softmax(scores)
+
+
 def unfused_relu(x: jax.Array) -> jax.Array:
     """ReLU for the fully connected layers after convolutions, of any shape."""
     # XLA's CPU compiler fuses a maximum with the layers around it such that all convolutions before
@@ -338,7 +362,7 @@ def _plain_attend(qkv):
     # With heads first the matrix products need no further transposes: a seventh faster on CPUs.
     query, key, value = qkv.transpose(2, 0, 3, 1, 4)
     scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5).astype(qkv.dtype)
+    weights = attention_weights(scores * query.shape[-1] ** -0.5).astype(qkv.dtype)
     return (weights @ value).swapaxes(1, 2)
 
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -133,13 +134,23 @@ def test_the_documented_snippet_needs_jax_alone(run, tmp_path, capsys):
     assert (metadata["map_size"], metadata["num_classes"]) == ([4, 4], 5)
 
 
-def test_an_onnx_model_carries_its_metadata(make_explainer):
+@pytest.fixture(scope="module")
+def vit_in_onnx(make_explainer):
     onnx = pytest.importorskip("onnx")
-    model = onnx.load_from_string(onnx_model(make_explainer("vit")))
-    metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
+    return onnx.load_from_string(onnx_model(make_explainer("vit")))
+
+
+def test_the_functions_of_a_vit_are_single_nodes(vit_in_onnx):
+    nodes = Counter(node.op_type for node in vit_in_onnx.graph.node)
+    assert (nodes["LayerNormalization"], nodes["Gelu"], nodes["Softmax"]) == (7, 3, 3)
+    assert not nodes.keys() & {"Erf", "Exp", "Sqrt"}
+
+
+def test_an_onnx_model_carries_its_metadata(vit_in_onnx):
+    metadata = {entry.key: json.loads(entry.value) for entry in vit_in_onnx.metadata_props}
     assert metadata["class_names"] == list("abcde") and metadata["map_size"] == [4, 4]
     assert metadata["preprocessing"]["std"] == [0.229, 0.224, 0.225]
-    images, classes = model.graph.input
+    images, classes = vit_in_onnx.graph.input
     sizes = [
         [size.dim_param or size.dim_value for size in x.type.tensor_type.shape.dim]
         for x in (images, classes)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ttame_jax.compilers import Padding, convolve, depthwise_convolve
+from ttame_jax.compilers import Padding, convolve, depthwise_convolve, layer_norm
 
 
 class Conv(nnx.Conv):
@@ -68,6 +68,17 @@ def classify(
     # pyrefly: ignore[unsupported-operation]  # the bias, which is optional in Flax
     kernel, bias = head.kernel[...], head.bias[...]
     return x.astype(kernel.dtype) @ kernel.reshape(-1, bias.size)[:, classes] + bias[classes]
+
+
+class LayerNorm(nnx.LayerNorm):
+    """LayerNorm over the last axis, computed by `compilers.layer_norm`."""
+
+    scale: nnx.Param
+    bias: nnx.Param
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        arrays = self.promote_dtype((x, self.scale[...], self.bias[...]), dtype=self.dtype)
+        return layer_norm(*arrays, self.epsilon)
 
 
 class FrozenBatchNorm(nnx.Module):

@@ -19,7 +19,7 @@ from ttame_jax.preprocessing import DIGITS, Preprocessing
 from . import base
 from .base import Backbone, State, chain
 from .family import AuthorsCode, Call, Family, HuggingFace, Timm, Torchvision
-from .layers import classify
+from .layers import LayerNorm, classify
 from .tensors import CONV, LINEAR, SAME, Entry, Table, layer_norm, renamed, weights
 
 
@@ -88,9 +88,9 @@ class Block(nnx.Module):
 
     def __init__(self, architecture: Architecture, **options):
         width, epsilon = architecture.width, architecture.epsilon
-        self.norm1 = nnx.LayerNorm(width, epsilon=epsilon, **options)
+        self.norm1 = LayerNorm(width, epsilon=epsilon, **options)
         self.attn = Attention(width, architecture.num_heads, architecture.qkv_bias, **options)
-        self.norm2 = nnx.LayerNorm(width, epsilon=epsilon, **options)
+        self.norm2 = LayerNorm(width, epsilon=epsilon, **options)
         self.mlp = MLP(architecture, **options)
         self.scale1, self.scale2 = (
             nnx.Param(jnp.ones(width)) if architecture.layer_scale else None for _ in range(2)
@@ -161,11 +161,11 @@ class ViT(Backbone):
         # Small ViTs learn several times faster from sinusoidal positions than from noise.
         patches = sincos_positions(self.side, width)
         self.pos_embed[:, self.embedded_prefix :] = jnp.asarray(patches)
-        self.pre_norm = nnx.LayerNorm(width, **norm_options) if architecture.pre_norm else None
+        self.pre_norm = LayerNorm(width, **norm_options) if architecture.pre_norm else None
         self.blocks = nnx.List(
             [Block(architecture, **layer_options) for _ in range(architecture.depth)]
         )
-        self.norm = nnx.LayerNorm(width, **norm_options)
+        self.norm = LayerNorm(width, **norm_options)
         self.head = nnx.Linear(width, self.num_classes, dtype=jnp.float32, rngs=rngs)
 
     @property

@@ -13,6 +13,9 @@ from ttame_jax.explainer import Explainer
 
 Outputs = dict[str, jax.Array]
 
+# In JAX 0.9 the error is in `jax.core`.
+_errors: Any = jax.errors if hasattr(jax.errors, "InconclusiveDimensionOperation") else jax.core
+
 OUTPUTS = ("logits", "maps", "likeliest", "likeliest_maps")
 """Names of the outputs, in their order in an ONNX graph."""
 
@@ -51,7 +54,7 @@ def program(
         both = jnp.concatenate([first, classes], axis=1)
         try:
             maps = method.explain_features(images, features, both)
-        except jax.errors.InconclusiveDimensionOperation as error:
+        except _errors.InconclusiveDimensionOperation as error:
             raise Failure(
                 f"{method.name} cannot be exported: its program depends on the number of images"
             ) from error
