@@ -109,7 +109,9 @@ def randomise(module, seed: int = 0):
         elif tensor.ndim == 1 or "token" in key or "pos_embed" in key:
             tensor.normal_(0, 0.2, generator=generator)
         else:
-            tensor.normal_(0, math.sqrt(1.5 / tensor[0].numel()), generator=generator)
+            # Gates (squeeze-and-excitation) multiply rounding errors by the size of the features.
+            scale = 0.1 if ".se." in key else 1
+            tensor.normal_(0, scale * math.sqrt(1.5 / tensor[0].numel()), generator=generator)
     return module
 
 

@@ -4,11 +4,23 @@ import math
 
 import numpy as np
 import torch
+from running import run
 
+from ttame_jax.convert.pytorch.checkpoints import numpy_state
 from ttame_jax.convert.pytorch.torch_import import import_torchvision
+from ttame_jax.weights import abstract_backbone, timm_models
 from ttame_jax.weights.backbones import published
+from ttame_jax.weights.transfer import fill, to_flax, to_torch
 
 TINY_VIT = {"image_size": 48, "patch_size": 8, "width": 96, "depth": 4, "num_heads": 3}
+CARD = {
+    "input_size": (3, 64, 64),
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.25, 0.5),
+}
+"""The pretrained configuration of a module of timm's that has no name."""
 
 
 def create(name: str, library: str, **options) -> torch.nn.Module:
@@ -36,6 +48,13 @@ def create_free_vit(library: str, num_classes: int = 10) -> torch.nn.Module:
     return VisionTransformer(
         size, patch, embed_dim=width, depth=depth, num_heads=heads, num_classes=num_classes
     ).eval()
+
+
+def load(module: torch.nn.Module, **config):
+    """Our backbone, built and filled from a module of timm's alone."""
+    module.pretrained_cfg = CARD
+    backbone = abstract_backbone("timm:any", **{**timm_models.read(module, "timm:any"), **config})
+    return fill(backbone, to_flax(backbone, numpy_state(module.state_dict())))
 
 
 def images(height: int, width: int | None = None, count: int = 2) -> np.ndarray:
@@ -76,3 +95,18 @@ def assert_close(ours, theirs: np.ndarray) -> None:
     assert ours.shape == theirs.shape
     assert theirs.std() > 1e-2 * np.abs(theirs).max()
     assert np.abs(np.asarray(ours) - theirs).max() <= 1e-5 * np.abs(theirs).max()
+
+
+def check(backbone, module: torch.nn.Module, nodes: list[str], x: np.ndarray, prefix: int = 1):
+    """Our logits and feature maps are the module's."""
+    logits, features = run(backbone, x)
+    for ours, theirs in zip((logits, *features), outputs(module, nodes, x, prefix), strict=True):
+        assert_close(ours, theirs)
+
+
+def check_round_trip(backbone, module: torch.nn.Module, library: str) -> None:
+    """Back in PyTorch's layout, every tensor has the bytes it came with."""
+    back, state = to_torch(backbone, library), numpy_state(module.state_dict())
+    assert back.keys() == state.keys()
+    for key, value in state.items():
+        assert back[key].dtype == value.dtype and np.array_equal(back[key], value), key

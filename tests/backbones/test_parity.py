@@ -6,10 +6,11 @@ import torch
 from references import (
     TINY_VIT,
     assert_close,
+    check,
+    check_round_trip,
     create,
     create_free_vit,
     images,
-    outputs,
     spatial,
 )
 from running import run
@@ -19,7 +20,6 @@ from ttame_jax.backbones.vit import resample_pos_embed
 from ttame_jax.convert.pytorch.torch_import import import_torchvision
 from ttame_jax.convert.timm_table import randomise
 from ttame_jax.weights import load_backbone
-from ttame_jax.weights.transfer import to_torch
 
 
 def carry(model, path, name, **config):
@@ -28,22 +28,6 @@ def carry(model, path, name, **config):
     backbone = load_backbone(name, path, **config)
     path.unlink()
     return backbone
-
-
-def check(backbone, model, nodes, x):
-    logits, features = run(backbone, x)
-    assert len(features) == len(nodes)
-    for ours, theirs in zip((logits, *features), outputs(model, nodes, x)):
-        assert_close(ours, theirs)
-
-
-def check_round_trip(backbone, model, library):
-    """Back in PyTorch's layout, every tensor has the bytes it came with."""
-    back, state = to_torch(backbone, library), model.state_dict()
-    assert back.keys() == state.keys()
-    for key, tensor in state.items():
-        assert back[key].dtype == tensor.numpy().dtype
-        assert np.array_equal(back[key], tensor.numpy()), key
 
 
 def vgg_nodes(model, kind):

@@ -4,42 +4,22 @@ import sys
 
 import numpy as np
 import pytest
-from references import assert_close, images, outputs
+from references import assert_close, check, check_round_trip, images, load, outputs
 from running import run
 
 from ttame_jax.convert.pytorch.checkpoints import numpy_state
 from ttame_jax.convert.pytorch.torch_import import import_torchvision
 from ttame_jax.convert.timm_table import randomise
 from ttame_jax.preprocessing import Preprocessing
-from ttame_jax.weights import abstract_backbone, load_backbone, save_backbone, timm_models
-from ttame_jax.weights.transfer import fill, parameters, to_flax, to_torch
-
-CARD = {
-    "input_size": (3, 64, 64),
-    "interpolation": "bicubic",
-    "crop_pct": 0.875,
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.25, 0.5),
-}
+from ttame_jax.weights import load_backbone, save_backbone
+from ttame_jax.weights.transfer import fill, parameters, to_flax
 
 
-def check(module, nodes, x, prefix=0, **config):
+def equal(module, nodes, x, prefix=1, **config):
     """Our backbone, built and filled from the module alone, computes what it computes."""
-    module.pretrained_cfg = CARD
-    randomise(module)
-    name = "timm:any"
-    described = {**timm_models.read(module, name), **config}
-    backbone = abstract_backbone(name, **described)
-    state = numpy_state(module.state_dict())
-    fill(backbone, to_flax(backbone, state))
-    logits, features = run(backbone, x)
-    expected = outputs(module, nodes, x, prefix)
-    for ours, theirs in zip((logits, *features), expected, strict=True):
-        assert_close(ours, theirs)
-    back = to_torch(backbone, "timm")
-    assert back.keys() == state.keys()
-    for key, value in state.items():
-        assert back[key].dtype == value.dtype and np.array_equal(back[key], value), key
+    backbone = load(randomise(module), **config)
+    check(backbone, module, nodes, x, prefix)
+    check_round_trip(backbone, module, "timm")
     return backbone
 
 
@@ -75,7 +55,7 @@ def check_vit(features, **options):
     module = VisionTransformer(**sizes, num_classes=10, **{"qkv_bias": True, **options}).eval()
     suffix = ".norm1" if features == "norm" else ""
     nodes = [f"blocks.{i}{suffix}" for i in (1, 2, 3)]
-    backbone = check(module, nodes, images(64), module.num_prefix_tokens, features=features)
+    backbone = equal(module, nodes, images(64), module.num_prefix_tokens, features=features)
     assert backbone.preprocessing == Preprocessing(64, 73, "bicubic", (0.5,) * 3, (0.5, 0.25, 0.5))
 
 
@@ -99,7 +79,7 @@ def test_resnet_equals_timm(block, options):
     options = {"channels": (16, 24, 32, 48), "num_classes": 10, **options}
     module = resnet.ResNet(getattr(resnet, block), (1, 2, 1, 1), **options).eval()
     for size in ((64, 64), (75, 90)):  # an odd side's last row is pooled alone
-        check(module, ["layer2", "layer3", "layer4"], images(*size))
+        equal(module, ["layer2", "layer3", "layer4"], images(*size))
 
 
 def test_a_model_by_name_has_its_own_classes_and_preprocessing():

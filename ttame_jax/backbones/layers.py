@@ -1,6 +1,6 @@
 """Layers that several families share, equal to PyTorch's in inference mode. All are NHWC."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -99,6 +99,62 @@ class FrozenBatchNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         factor = self.scale[...] * jax.lax.rsqrt(self.var[...] + self.epsilon)
         return (x * factor + (self.bias[...] - self.mean[...] * factor)).astype(x.dtype)
+
+
+class ConvNorm(nnx.Module):
+    """A convolution and BatchNorm: [B, H, W, in] -> [B, H/stride, W/stride, out].
+
+    `padding` is half the kernel on each side, or "SAME" for TensorFlow's padding.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel: int,
+        stride: int = 1,
+        *,
+        padding: Literal["symmetric", "SAME"] = "symmetric",
+        epsilon: float = 1e-5,
+        use_bias: bool = False,
+        **options,
+    ):
+        self.conv = Conv(
+            in_features,
+            out_features,
+            (kernel, kernel),
+            strides=stride,
+            padding="SAME" if padding == "SAME" else kernel // 2,
+            use_bias=use_bias,
+            **options,
+        )
+        self.bn = FrozenBatchNorm(out_features, epsilon=epsilon)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.bn(self.conv(x))
+
+
+class SqueezeExcite(nnx.Module):
+    """Scales each channel of [B, H, W, C] by a gate in (0, 1), computed from all their averages.
+
+    Hu et al., 2018, arXiv:1709.01507.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        squeeze: int,
+        activation: Callable[[jax.Array], jax.Array] = nnx.relu,
+        gate: Callable[[jax.Array], jax.Array] = nnx.sigmoid,
+        **options,
+    ):
+        self.reduce = nnx.Linear(features, squeeze, **options)
+        self.expand = nnx.Linear(squeeze, features, **options)
+        self.activation, self.gate = activation, gate
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        averages = x.mean(axis=(1, 2), keepdims=True)
+        return x * self.gate(self.expand(self.activation(self.reduce(averages))))
 
 
 def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:

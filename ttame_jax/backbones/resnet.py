@@ -17,7 +17,7 @@ from ttame_jax.preprocessing import DIGITS
 from . import base
 from .base import Backbone, chain
 from .family import AuthorsCode, Family, HuggingFace, Timm, Torchvision
-from .layers import Conv, FrozenBatchNorm, classify
+from .layers import Conv, ConvNorm, FrozenBatchNorm, classify
 from .tensors import CONV, LINEAR, Table, batch_norm, renamed, weights
 
 
@@ -32,24 +32,6 @@ class Architecture(base.Architecture):
     groups: int = 1  # of a bottleneck's 3x3 convolution (ResNeXt)
     base_width: int = 64  # its channels per group where the layer is 64 wide (Wide ResNet)
     average_down: bool = False  # shortcuts average, then convolve without stride (ResNet-D)
-
-
-class ConvNorm(nnx.Module):
-    """Convolution and BatchNorm."""
-
-    def __init__(self, in_features: int, out_features: int, kernel: int, stride: int, **options):
-        self.conv = Conv(
-            in_features,
-            out_features,
-            (kernel, kernel),
-            strides=stride,
-            padding=kernel // 2,
-            **options,
-        )
-        self.bn = FrozenBatchNorm(out_features)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.bn(self.conv(x))
 
 
 class Downsample(nnx.Module):

@@ -64,6 +64,19 @@ def batch_norm(torch: str, flax: str) -> Table:
     return layer_norm(torch, flax) + statistics
 
 
+def conv_norm(conv: str, norm: str, flax: str) -> Table:
+    """The tensors of a `ConvNorm` (see `layers`)."""
+    return weights(conv, f"{flax}.conv", CONV, bias=False) + batch_norm(norm, f"{flax}.bn")
+
+
+def squeeze_excite(reduce: str, expand: str, flax: str) -> Table:
+    """The tensors of a `SqueezeExcite` (see `layers`)."""
+    return [
+        *weights(reduce, f"{flax}.reduce", LINEAR_AS_CONV),
+        *weights(expand, f"{flax}.expand", LINEAR_AS_CONV),
+    ]
+
+
 def renamed(
     tensors: Tensors, names: Mapping[str, str | Callable[[re.Match], str]]
 ) -> dict[str, np.ndarray]:

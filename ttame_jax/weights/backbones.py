@@ -1,5 +1,6 @@
 """Builds backbones by name and fills them with weights."""
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -112,9 +113,10 @@ def _config(backbone: Backbone) -> dict[str, Any]:
 def _given(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The options that are not None, of a backbone that exists."""
     if not _is_foreign(name) and name not in _FAMILIES:
-        known = ", ".join(_FAMILIES)
+        similar = ", ".join(difflib.get_close_matches(name, _FAMILIES, n=6, cutoff=0))
         raise ValueError(
-            f"unknown backbone {name!r}; there are {known}, timm:MODEL and hf:OWNER/NAME"
+            f"unknown backbone {name!r}; there are {similar} and others "
+            "(ttame_jax.list_backbones()), timm:MODEL and hf:OWNER/NAME"
         )
     return {key: value for key, value in config.items() if value is not None}
 
