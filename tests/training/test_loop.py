@@ -18,10 +18,12 @@ from PIL import Image
 from tiny import TINY
 
 from ttame_jax.config import TrainConfig
+from ttame_jax.data import load_source
 from ttame_jax.errors import Damaged, Failure, one_line_errors
-from ttame_jax.experiments.train import train
+from ttame_jax.experiments.train import panel, train
 from ttame_jax.files import locked
 from ttame_jax.losses import LossConfig
+from ttame_jax.methods import TTAME
 from ttame_jax.runs import (
     build_attention,
     build_backbone,
@@ -313,6 +315,17 @@ def test_unreadable_validation_images_are_not_taken_for_divergence(config, own_p
         path.write_bytes(b"no image")
     with pytest.raises(Damaged, match="10 of 10 images .* are unreadable"):
         train(dataclasses.replace(config, dataset=f"folder:{own_pictures}"))
+
+
+def test_a_panel_leaves_out_unreadable_images(config, own_pictures):
+    first = min((own_pictures / "validation").iterdir())
+    first.write_bytes(b"no image")
+    source = load_source(f"folder:{own_pictures}", "validation")
+    method = TTAME(build_backbone(config), build_attention(config, build_backbone(config)))
+    drawn = panel(method, source, np.arange(3))(nnx.state(method))
+    size = method.backbone.preprocessing.image_size
+    assert drawn.shape == (2 * size, 2 * size, 3)
+    assert panel(method, source, np.arange(1)) is None
 
 
 def test_a_second_ctrl_c_ends_at_once():

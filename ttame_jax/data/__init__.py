@@ -3,7 +3,7 @@
 Training (`loader`) needs Grain and TFDS's data sets (`tfds_source`) need TFDS. Nothing else does.
 """
 
-from ttame_jax.data.evaluation import evaluation_batches
+from ttame_jax.data.evaluation import evaluation_batches, readable_crops
 from ttame_jax.data.sources import Source, load_source, select, thin
 from ttame_jax.data.transforms import UnreadableImage, preprocess
 
@@ -13,6 +13,7 @@ __all__ = [
     "evaluation_batches",
     "load_source",
     "preprocess",
+    "readable_crops",
     "select",
     "thin",
 ]

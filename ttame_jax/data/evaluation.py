@@ -52,6 +52,17 @@ def evaluation_batches(
     return EvaluationBatches(source, preprocessing, shard, boxes)
 
 
+def readable_crops(
+    source: Source, preprocessing: Preprocessing, indices: Sequence[int] | np.ndarray
+) -> np.ndarray:
+    """Returns the centre crops of a few images, uint8 ``[n, S, S, 3]``, without unreadable ones."""
+    batches = EvaluationBatches(source, preprocessing, np.asarray(indices)[None], boxes=False)
+    loaded = [batches.load(index) for index in indices]
+    size = preprocessing.image_size
+    crops = [one["image"] for one in loaded if one["valid"]]
+    return np.asarray(crops, np.uint8).reshape(-1, size, size, 3)
+
+
 class EvaluationBatches:
     """An iterable over batches, see `ttame_jax.data.elements`.
 
@@ -79,7 +90,7 @@ class EvaluationBatches:
             waiting = collections.deque()
             try:
                 for indices in self._indices.tolist():
-                    waiting.append([threads.submit(self._load, index) for index in indices])
+                    waiting.append([threads.submit(self.load, index) for index in indices])
                     if len(waiting) > _AHEAD:
                         yield _batch(waiting.popleft(), unreadable)
                 while waiting:
@@ -87,7 +98,8 @@ class EvaluationBatches:
             finally:  # also if the caller stops early
                 threads.shutdown(cancel_futures=True)
 
-    def _load(self, index: int) -> Element:
+    def load(self, index: int) -> Element:
+        """Returns one image; a blank one for padding and unreadable images."""
         size, failed = self._preprocessing.image_size, -1
         if index >= 0:
             try:

@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 
 from ttame_jax.config import TrainConfig
-from ttame_jax.data import Source, evaluation_batches, load_source, select
+from ttame_jax.data import Source, load_source, readable_crops, select
 from ttame_jax.errors import Damaged
 from ttame_jax.explainer import Explainer
 from ttame_jax.methods import TTAME, Method
@@ -76,15 +76,19 @@ def make_validate(trainer: Trainer) -> Validate | None:
     return validate
 
 
-def panel(method: Method, source: Source, indices: np.ndarray) -> Callable[[nnx.State], np.ndarray]:
+def panel(
+    method: Method, source: Source, indices: np.ndarray
+) -> Callable[[nnx.State], np.ndarray] | None:
     """Returns a function that draws a few images above their maps, from a state of the method.
 
     The maps are those of the classes that the backbone predicts. The picture is uint8
-    ``[2 H, N W, 3]``. It is computed on one device of this process.
+    ``[2 H, N W, 3]``. It is computed on one device of this process. Unreadable images are left
+    out; None if no image is readable.
     """
     graph, preprocessing = nnx.graphdef(method), method.backbone.preprocessing
-    (batch,) = evaluation_batches(source, preprocessing, len(indices), indices=indices)
-    images = batch["image"][batch["valid"]]
+    images = readable_crops(source, preprocessing, indices)
+    if not len(images):
+        return None
 
     def draw(state: nnx.State) -> np.ndarray:
         explainer = Explainer(nnx.merge(graph, jax.device_get(state)))
