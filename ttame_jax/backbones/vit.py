@@ -31,7 +31,7 @@ class Architecture(base.Architecture):
     depth: int = 12
     num_heads: int = 6
     mlp_width: int | None = None  # None: four times the width
-    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
     epsilon: float = 1e-6  # of every LayerNorm
     qkv_bias: bool = True
     patch_bias: bool = True
@@ -65,6 +65,7 @@ class Attention(nnx.Module):
 
 ACTIVATIONS = {
     "gelu": gelu,
+    "gelu_tanh": nnx.gelu,  # the approximation by a hyperbolic tangent
     "quick_gelu": lambda x: x * nnx.sigmoid(1.702 * x),
 }
 
@@ -347,7 +348,9 @@ def _sized(model: str, **fields: str) -> Callable[[ViT], Call | None]:
     return build
 
 
-POOLS = {"token": "token", "avg": "average"}  # by timm's name
+# By timm's names.
+POOLS = {"token": "token", "avg": "average"}
+GELUS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
 
 
 def _refusals(module):
@@ -355,6 +358,9 @@ def _refusals(module):
         yield f"pools its tokens by {module.global_pool!r}"
     if module.pos_embed is None:
         yield "has no position embeddings"
+    (size, _), (patch, _) = module.patch_embed.img_size, module.patch_embed.patch_size
+    if size % patch:
+        yield f"leaves out pixels: patches of {patch} do not divide {size}"
 
 
 def _read(module) -> dict[str, Any]:
@@ -365,7 +371,7 @@ def _read(module) -> dict[str, Any]:
         "depth": len(module.blocks),
         "num_heads": block.attn.num_heads,
         "mlp_width": block.mlp.fc1.out_features,
-        "activation": "quick_gelu" if type(block.mlp.act).__name__ == "QuickGELU" else "gelu",
+        "activation": GELUS[type(block.mlp.act).__name__],
         "epsilon": block.norm1.eps,
         "qkv_bias": block.attn.qkv.bias is not None,
         "patch_bias": module.patch_embed.proj.bias is not None,
@@ -440,8 +446,7 @@ FAMILY = Family(
                 "Mlp",
                 "LayerNorm",
                 "LayerScale",
-                "GELU",
-                "QuickGELU",
+                *GELUS,
                 "Dropout",
                 "DropPath",
             ]
