@@ -35,8 +35,12 @@ files {files}.
 relative to the largest value, in float32 with random weights on one random image. Models without
 a figure have more than {limit:g} million parameters; their tensors agree by name and shape. A few
 models (`crop_mode` squash) were trained on images squashed into a square. Here the centre square
-is cropped, as for all others.
+is cropped, as for all others. Models marked with * have no classifier in timm. They need
+`num_classes` and weights that have one; here they are tried with {classes} classes.
 """
+
+CLASSES = 1000
+"""Number of classes of a model that has no classifier."""
 
 
 def main(output: Path = Path("docs/timm.md"), limit: float = 30) -> None:
@@ -53,15 +57,18 @@ def main(output: Path = Path("docs/timm.md"), limit: float = 30) -> None:
     names = sorted({name for file in files for name in timm.list_models(module=file)})
     supported, refused = [], {}
     for name in tqdm(names):
+        has_classifier = create(name, device="meta").num_classes > 0
         try:
-            config = describe(name)
+            config = describe(name, None if has_classifier else CLASSES)
         except UnsupportedModel as error:
             refused.setdefault("it " + ", it ".join(error.reasons), []).append(name)
             continue
         millions, difference = _try(name, config, limit)
-        size = config["preprocessing"]["image_size"]
-        supported.append(f"| {name} | {millions:.1f} | {size} | {difference} |")
-    text = HEADER.format(version=timm.__version__, limit=limit, files=", ".join(files))
+        size, mark = config["preprocessing"]["image_size"], "" if has_classifier else "*"
+        supported.append(f"| {name}{mark} | {millions:.1f} | {size} | {difference} |")
+    text = HEADER.format(
+        version=timm.__version__, files=", ".join(files), limit=limit, classes=CLASSES
+    )
     text += tables(supported, refused)
     write_atomically(output, text)
 
@@ -88,7 +95,7 @@ def _try(name: str, config: dict, limit: float) -> tuple[float, str]:
     count = sum(math.prod(value.shape) for value in parameters(backbone).values()) / 1e6
     if count > limit:
         return count, ""
-    state = numpy_state(randomise(create(name)).state_dict())
+    state = numpy_state(randomise(create(name, config["num_classes"])).state_dict())
     fill(backbone, to_flax(backbone, state))
     back = to_torch(backbone, "timm")
     if any(not np.array_equal(back[key], value) for key, value in state.items()):

@@ -47,6 +47,13 @@ def test_clip_equals_timm():
     check_vit("block", pre_norm=True, act_layer=QuickGELU, norm_layer=norm)
 
 
+def test_siglip_equals_timm():
+    import_torchvision()
+    from timm.layers import GELUTanh
+
+    check_vit("block", act_layer=GELUTanh, class_token=False, global_pool="avg")
+
+
 def check_vit(features, **options):
     import_torchvision()
     from timm.models.vision_transformer import VisionTransformer
@@ -70,6 +77,8 @@ DEEP_STEM = {"stem_type": "deep_tiered", "stem_width": 16, "avg_down": True}
         ("Bottleneck", {"stem_type": "deep", "stem_width": 24}),
         ("Bottleneck", {"cardinality": 4, "base_width": 8}),
         ("Bottleneck", {"base_width": 128}),
+        ("BasicBlock", {"block_args": {"attn_layer": "se"}}),
+        ("Bottleneck", {"block_args": {"attn_layer": "se"}}),
     ],
 )
 def test_resnet_equals_timm(block, options):
@@ -129,13 +138,14 @@ def test_our_own_file_of_a_timm_model_needs_no_timm(tmp_path, monkeypatch):
     [
         ("deit_tiny_distilled_patch16_224", "it is a VisionTransformerDistilled"),
         ("convnext_tiny", "it is a ConvNeXt"),
-        ("seresnet50", "it has SEModule"),
+        ("ecaresnet50d", "it has Conv1d, EcaModule"),
         ("resnetaa50", "it pools its stem by AvgPool2d"),
         ("resnet50_gn", "it has GroupNorm"),
         ("test_resnet", "it differs in layer3.0.bn3.bias and 13 other tensors"),
         ("test_vit3", "it has AttentionPoolLatent, it pools its tokens by 'map'"),
         ("test_vit4", "it has RmsNorm"),
-        ("vit_base_patch32_siglip_gap_256", "it has GELUTanh, it has no classifier"),
+        ("vit_base_patch32_siglip_gap_256", "it has no classifier"),
+        ("vit_so400m_patch14_siglip_gap_384", "it has no classifier .*, it leaves out pixels"),
         ("vit_base_patch16_rope_reg1_gap_256", "it is a "),
     ],
 )

@@ -17,8 +17,8 @@ from ttame_jax.preprocessing import DIGITS
 from . import base
 from .base import Backbone, chain
 from .family import AuthorsCode, Family, HuggingFace, Timm, Torchvision
-from .layers import Conv, ConvNorm, FrozenBatchNorm, classify
-from .tensors import CONV, LINEAR, Table, batch_norm, renamed, weights
+from .layers import Conv, ConvNorm, FrozenBatchNorm, SqueezeExcite, classify
+from .tensors import CONV, LINEAR, Table, batch_norm, conv_norm, renamed, squeeze_excite, weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class Architecture(base.Architecture):
     groups: int = 1  # of a bottleneck's 3x3 convolution (ResNeXt)
     base_width: int = 64  # its channels per group where the layer is 64 wide (Wide ResNet)
     average_down: bool = False  # shortcuts average, then convolve without stride (ResNet-D)
+    squeeze: bool = False  # squeeze-and-excitation after a block's last BatchNorm (SE-ResNet)
 
 
 class Downsample(nnx.Module):
@@ -63,12 +64,15 @@ class BasicBlock(nnx.Module):
         self.bn1 = FrozenBatchNorm(width)
         self.conv2 = Conv(width, width, (3, 3), padding=1, **options)
         self.bn2 = FrozenBatchNorm(width)
+        self.squeeze_excite = _squeeze_excite(width, architecture, options)
         self.downsample = _shortcut(in_features, width, stride, architecture, options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         shortcut = x if self.downsample is None else self.downsample(x)
         x = nnx.relu(self.bn1(self.conv1(x)))
-        return nnx.relu(self.bn2(self.conv2(x)) + shortcut)
+        x = self.bn2(self.conv2(x))
+        x = x if self.squeeze_excite is None else self.squeeze_excite(x)
+        return nnx.relu(x + shortcut)
 
 
 class Bottleneck(nnx.Module):
@@ -98,19 +102,28 @@ class Bottleneck(nnx.Module):
         self.bn2 = FrozenBatchNorm(inner)
         self.conv3 = Conv(inner, out_features, (1, 1), **options)
         self.bn3 = FrozenBatchNorm(out_features)
+        self.squeeze_excite = _squeeze_excite(out_features, architecture, options)
         self.downsample = _shortcut(in_features, out_features, stride, architecture, options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         shortcut = x if self.downsample is None else self.downsample(x)
         x = nnx.relu(self.bn1(self.conv1(x)))
         x = nnx.relu(self.bn2(self.conv2(x)))
-        return nnx.relu(self.bn3(self.conv3(x)) + shortcut)
+        x = self.bn3(self.conv3(x))
+        x = x if self.squeeze_excite is None else self.squeeze_excite(x)
+        return nnx.relu(x + shortcut)
 
 
 def _shortcut(in_features, out_features, stride, architecture, options) -> Downsample | None:
     if stride == 1 and in_features == out_features:
         return None
     return Downsample(in_features, out_features, stride, architecture.average_down, **options)
+
+
+def _squeeze_excite(width, architecture, options) -> SqueezeExcite | None:
+    if not architecture.squeeze:
+        return None
+    return SqueezeExcite(width, max(width // 16, 8), dtype=options["dtype"], rngs=options["rngs"])
 
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
@@ -181,8 +194,13 @@ def _timm_tensors(backbone: ResNet) -> Table:
     # A stem of several convolutions is one flat list: convolution, norm, ReLU, convolution, ...
     table = []
     for i in range(len(backbone.stem)):
-        table += weights(f"conv1.{3 * i}", f"stem.{i}.conv", CONV, bias=False)
-        table += batch_norm(f"conv1.{3 * i + 1}", f"stem.{i}.bn")
+        table += conv_norm(f"conv1.{3 * i}", f"conv1.{3 * i + 1}", f"stem.{i}")
+    for i, layer in enumerate(backbone.layers):
+        for j, block in enumerate(layer):
+            if block.squeeze_excite is not None:
+                torch = f"layer{i + 1}.{j}.se"
+                flax = f"layers.{i}.{j}.squeeze_excite"
+                table += squeeze_excite(f"{torch}.fc1", f"{torch}.fc2", flax)
     last = f"conv1.{3 * len(backbone.stem)}" if backbone.stem else "conv1"
     first = int(backbone.architecture.average_down)  # pooling comes first in the shortcut's list
     return table + _tensors(backbone, last, f"downsample.{first}", f"downsample.{first + 1}")
@@ -197,9 +215,8 @@ def _tensors(backbone: ResNet, conv1: str, down_conv: str, down_norm: str) -> Ta
                 table += weights(f"{torch}.conv{k}", f"{flax}.conv{k}", CONV, bias=False)
                 table += batch_norm(f"{torch}.bn{k}", f"{flax}.bn{k}")
             if block.downsample is not None:
-                flax = f"{flax}.downsample"
-                table += weights(f"{torch}.{down_conv}", f"{flax}.conv", CONV, bias=False)
-                table += batch_norm(f"{torch}.{down_norm}", f"{flax}.bn")
+                names = (f"{torch}.{down_conv}", f"{torch}.{down_norm}")
+                table += conv_norm(*names, f"{flax}.downsample")
     return table + weights("fc", "fc", LINEAR)
 
 
@@ -223,6 +240,7 @@ def _read(module) -> dict[str, Any]:
         "widths": tuple(layer[0].bn2.num_features for layer in layers),
         "stem": tuple(layer.out_channels for layer in stem if hasattr(layer, "out_channels")),
         "average_down": len(layers[1][0].downsample) == 3,
+        "squeeze": type(block.se).__name__ == "SEModule",
     }
     if hasattr(block, "conv3"):
         groups, expansion = block.conv2.groups, block.expansion
@@ -312,7 +330,9 @@ FAMILY = Family(
         feature_nodes=_feature_nodes,
         module="ResNet",
         files=("resnet",),
-        layers=frozenset(["BasicBlock", "Bottleneck", "MaxPool2d", "AvgPool2d"]),
+        layers=frozenset(
+            ["BasicBlock", "Bottleneck", "SEModule", "Sigmoid", "MaxPool2d", "AvgPool2d"]
+        ),
         read=_read,
         refusals=_refusals,
     ),

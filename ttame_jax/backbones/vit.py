@@ -32,7 +32,7 @@ class Architecture(base.Architecture):
     depth: int = 12
     num_heads: int = 6
     mlp_width: int | None = None  # None: four times the width
-    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
     epsilon: float = 1e-6  # of every LayerNorm
     qkv_bias: bool = True
     patch_bias: bool = True
@@ -66,6 +66,7 @@ class Attention(nnx.Module):
 
 ACTIVATIONS = {
     "gelu": gelu,
+    "gelu_tanh": nnx.gelu,  # the approximation by a hyperbolic tangent
     "quick_gelu": lambda x: x * nnx.sigmoid(1.702 * x),
 }
 
@@ -348,7 +349,9 @@ def _sized(model: str, **fields: str) -> Callable[[ViT], Call | None]:
     return build
 
 
-POOLS = {"token": "token", "avg": "average"}  # by timm's name
+# By timm's names.
+POOLS = {"token": "token", "avg": "average"}
+GELUS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
 
 
 def _refusals(module):
@@ -356,6 +359,9 @@ def _refusals(module):
         yield f"pools its tokens by {module.global_pool!r}"
     if module.pos_embed is None:
         yield "has no position embeddings"
+    (size, _), (patch, _) = module.patch_embed.img_size, module.patch_embed.patch_size
+    if size % patch:
+        yield f"leaves out pixels: patches of {patch} do not divide {size}"
 
 
 def _read(module) -> dict[str, Any]:
@@ -366,7 +372,7 @@ def _read(module) -> dict[str, Any]:
         "depth": len(module.blocks),
         "num_heads": block.attn.num_heads,
         "mlp_width": block.mlp.fc1.out_features,
-        "activation": "quick_gelu" if type(block.mlp.act).__name__ == "QuickGELU" else "gelu",
+        "activation": GELUS[type(block.mlp.act).__name__],
         "epsilon": block.norm1.eps,
         "qkv_bias": block.attn.qkv.bias is not None,
         "patch_bias": module.patch_embed.proj.bias is not None,
@@ -489,8 +495,7 @@ FAMILY = Family(
                 "Mlp",
                 "LayerNorm",
                 "LayerScale",
-                "GELU",
-                "QuickGELU",
+                *GELUS,
                 "Dropout",
                 "DropPath",
             ]
