@@ -102,8 +102,10 @@ def randomise(module, seed: int = 0):
 
     generator = torch.Generator().manual_seed(seed)
     for key, tensor in module.state_dict().items():
-        if not tensor.is_floating_point():
+        if key.endswith("num_batches_tracked"):
             tensor.random_(1, 1000, generator=generator)
+        elif not tensor.is_floating_point():
+            continue  # indices, which are no parameters
         elif key.endswith("running_var") or (tensor.ndim == 1 and key.endswith("weight")):
             tensor.uniform_(0.5, 1.5, generator=generator)
         elif tensor.ndim == 1 or "token" in key or "pos_embed" in key:

@@ -4,11 +4,24 @@ import math
 
 import numpy as np
 import torch
+from running import run
 
+from ttame_jax.backbones import family_of
+from ttame_jax.convert.pytorch.checkpoints import numpy_state
 from ttame_jax.convert.pytorch.torch_import import import_torchvision
+from ttame_jax.convert.timm_table import randomise
+from ttame_jax.weights import abstract_backbone, timm_models
 from ttame_jax.weights.backbones import published
+from ttame_jax.weights.transfer import fill, to_flax, to_torch
 
 TINY_VIT = {"image_size": 48, "patch_size": 8, "width": 96, "depth": 4, "num_heads": 3}
+CARD = {
+    "input_size": (3, 64, 64),
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.25, 0.5),
+}
 
 
 def create(name: str, library: str, **options) -> torch.nn.Module:
@@ -46,27 +59,53 @@ def images(height: int, width: int | None = None, count: int = 2) -> np.ndarray:
     return (coarse[:, : shape[1], : shape[2]] + rng.normal(size=shape)).astype(np.float32)
 
 
+def described(module: torch.nn.Module, **config):
+    """An abstract backbone, built from timm's module alone."""
+    module.pretrained_cfg = CARD
+    return abstract_backbone("timm:any", **timm_models.read(module, "timm:any"), **config)
+
+
+def check(backbone, module, nodes, x, library: str = "timm", prefix: int = 1) -> None:
+    """An abstract backbone with a module's weights, which are random here, computes what the module
+    computes, and gives the weights back as they were."""
+    state = numpy_state(randomise(module).state_dict())
+    fill(backbone, to_flax(backbone, state))
+    logits, features = run(backbone, x)
+    channels_last = family_of(backbone).libraries[library].channels_last
+    expected = outputs(module, nodes, x, prefix, channels_last)
+    for ours, theirs in zip((logits, *features), expected, strict=True):
+        assert_close(ours, theirs)
+    back = to_torch(backbone, library)
+    assert back.keys() == state.keys()
+    for key, value in state.items():
+        assert back[key].dtype == value.dtype and np.array_equal(back[key], value), key
+
+
 def outputs(
-    model: torch.nn.Module, nodes: list[str], x: np.ndarray, prefix: int = 1
+    model: torch.nn.Module,
+    nodes: list[str],
+    x: np.ndarray,
+    prefix: int = 1,
+    channels_last: bool = False,
 ) -> list[np.ndarray]:
     """Logits, then the outputs of the named modules as [B, H, W, C], of images [B, H, W, 3]."""
     found = {}
 
     def keep(node):
-        return lambda module, args, output: found.__setitem__(node, output.clone())
+        return lambda module, args, output: found.__setitem__(node, output)
 
     hooks = [model.get_submodule(node).register_forward_hook(keep(node)) for node in nodes]
     with torch.no_grad():
         logits = model(torch.from_numpy(x).permute(0, 3, 1, 2))
     for hook in hooks:
         hook.remove()
-    return [logits.numpy(), *(spatial(found[node], prefix) for node in nodes)]
+    return [logits.numpy(), *(spatial(found[node], prefix, channels_last) for node in nodes)]
 
 
-def spatial(feature: torch.Tensor, prefix: int = 1) -> np.ndarray:
-    """[B, C, H, W], or a ViT's [B, prefix + N, C], as [B, H, W, C]."""
+def spatial(feature: torch.Tensor, prefix: int = 1, channels_last: bool = False) -> np.ndarray:
+    """[B, C, H, W], a ViT's [B, prefix + N, C], or what it is already, as [B, H, W, C]."""
     if feature.ndim == 4:
-        return feature.permute(0, 2, 3, 1).numpy()
+        return (feature if channels_last else feature.permute(0, 2, 3, 1)).numpy()
     side = math.isqrt(feature.shape[1] - prefix)
     return feature[:, prefix:].reshape(len(feature), side, side, -1).numpy()
 

@@ -1,6 +1,6 @@
 """The frozen classifiers, one file per family."""
 
-from . import efficientnet, resnet, squeezenet, vgg, vit
+from . import convnext, densenet, efficientnet, resnet, squeezenet, swin, vgg, vit
 from .base import Architecture, Backbone
 from .family import Family
 
@@ -10,6 +10,9 @@ FAMILIES: tuple[Family, ...] = (
     vit.FAMILY,
     squeezenet.FAMILY,
     efficientnet.FAMILY,
+    convnext.FAMILY,
+    swin.FAMILY,
+    densenet.FAMILY,
 )
 
 
