@@ -147,10 +147,12 @@ def package_cam(name: str, model, backbone: Backbone) -> Callable:
         def __call__(self, x):
             for i in range(len(self.activations)):
                 # pyrefly: ignore[bad-index]  # an array, for which NumPy's stub has a number
-                self.activations[i, :, self.indices[i]] = 0
+                self.activations[i, ..., self.indices[i]] = 0
             return self.activations
 
-    tokens = backbone.prefix_tokens > 0
+    torchvision = family_of(backbone).torchvision
+    assert torchvision is not None  # it has built the model
+    tokens = backbone.prefix_tokens > 0 or torchvision.channels_last
     cls = {
         "gradcam": package.GradCAM,
         "gradcam++": package.GradCAMPlusPlus,
@@ -160,8 +162,6 @@ def package_cam(name: str, model, backbone: Backbone) -> Callable:
     options: dict[str, Any] = {"reshape_transform": _as_places} if tokens else {}
     if name == "ablationcam":
         options["ablation_layer"] = Zeroed() if tokens else AblationLayer()
-    torchvision = family_of(backbone).torchvision
-    assert torchvision is not None  # it has built the model
     layer = model.get_submodule(torchvision.target_node(backbone))
 
     def run(images, classes):
@@ -174,7 +174,9 @@ def package_cam(name: str, model, backbone: Backbone) -> Callable:
 
 
 def _as_places(tokens):
-    """A ViT's [B, 1 + N, D] as [B, D, sqrt N, sqrt N]."""
+    """A ViT's [B, 1 + N, D] as [B, D, sqrt N, sqrt N], or a Swin's [B, H, W, D] as [B, D, H, W]."""
+    if tokens.ndim == 4:
+        return tokens.permute(0, 3, 1, 2)
     side = round((tokens.shape[1] - 1) ** 0.5)
     return tokens[:, 1:].transpose(1, 2).reshape(len(tokens), -1, side, side)
 

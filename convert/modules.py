@@ -18,8 +18,8 @@ def module_config(backbone: Backbone, library: str) -> dict[str, Any]:
 
     Returns:
       A dict (JSON) of library, model and options (the call), nodes (names of the modules whose
-      outputs are the feature maps), prefix_tokens (tokens of a ViT before its patches),
-      image_size, mean and std.
+      outputs are the feature maps), channels_last (whether those are [B, H, W, C]),
+      prefix_tokens (tokens of a ViT before its patches), image_size, mean and std.
 
     Raises:
       ValueError: the library has no such model.
@@ -29,11 +29,13 @@ def module_config(backbone: Backbone, library: str) -> dict[str, Any]:
         known = " or ".join(libraries(backbone)) or "neither torchvision nor timm"
         raise ValueError(f"{library} has no model of {backbone.name}; {known} has")
     model, options = call
+    record = family_of(backbone).libraries[library]
     return {
         "library": library,
         "model": model,
         "options": options,
-        "nodes": family_of(backbone).libraries[library].feature_nodes(backbone),
+        "nodes": record.feature_nodes(backbone),
+        "channels_last": record.channels_last,
         "prefix_tokens": backbone.prefix_tokens,
         "image_size": backbone.preprocessing.image_size,
         "mean": list(backbone.preprocessing.mean),

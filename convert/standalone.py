@@ -63,6 +63,7 @@ class Explainer(nn.Module):
         self.attention = Attention(**config["attention"])
         # The attention reads the last feature maps of the classifier, usually all three.
         self.nodes = config["nodes"][-len(config["attention"]["channels"]) :]
+        self.channels_last = config["channels_last"]
         self.prefix_tokens = config["prefix_tokens"]
         for name in ("mean", "std"):
             values = torch.tensor(config[name]).view(1, 3, 1, 1)
@@ -94,9 +95,9 @@ class Explainer(nn.Module):
         return logits, [self.spatial(feature) for feature in found]
 
     def spatial(self, feature):
-        """A ViT's tokens [B, prefix + N, C] as a grid [B, C, h, w]; a CNN's maps unchanged."""
+        """A ViT's tokens [B, prefix + N, C], or feature maps of another layout, as [B, C, h, w]."""
         if feature.ndim == 4:
-            return feature
+            return feature.permute(0, 3, 1, 2) if self.channels_last else feature
         patches = feature[:, self.prefix_tokens :]
         side = math.isqrt(patches.shape[1])
         return patches.transpose(1, 2).unflatten(2, (side, side))

@@ -57,7 +57,7 @@ def main(output: Path = Path("docs/timm.md"), limit: float = 30) -> None:
     names = sorted({name for file in files for name in timm.list_models(module=file)})
     supported, refused = [], {}
     for name in tqdm(names):
-        has_classifier = create(name, device="meta").num_classes > 0
+        has_classifier = bool(create(name, device="meta").num_classes)
         try:
             config = describe(name, None if has_classifier else CLASSES)
         except UnsupportedModel as error:
@@ -109,8 +109,10 @@ def randomise(module, seed: int = 0):
 
     generator = torch.Generator().manual_seed(seed)
     for key, tensor in module.state_dict().items():
-        if not tensor.is_floating_point():
+        if key.endswith("num_batches_tracked"):
             tensor.random_(1, 1000, generator=generator)
+        elif not tensor.is_floating_point():
+            continue  # indices, which are no parameters
         elif key.endswith("running_var") or (tensor.ndim == 1 and key.endswith("weight")):
             tensor.uniform_(0.5, 1.5, generator=generator)
         elif tensor.ndim == 1 or "token" in key or "pos_embed" in key:

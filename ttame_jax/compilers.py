@@ -322,24 +322,26 @@ def unfused_relu(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, x, 0)
 
 
-def attend(qkv: jax.Array) -> jax.Array:
+def attend(qkv: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """Softmax attention of every head.
 
-    On CUDA GPUs cuDNN computes it if the dtype is bfloat16 or float16 and d is a multiple of 8 and
-    at most 128. JAX cannot trace cuDNN's attention on a machine without cuDNN: a program traced
-    there uses the plain implementation on every platform, even when it is lowered for CUDA.
+    On CUDA GPUs cuDNN computes it if there is no bias, the dtype is bfloat16 or float16 and d is a
+    multiple of 8 and at most 128. JAX cannot trace cuDNN's attention on a machine without cuDNN: a
+    program traced there uses the plain implementation on every platform, even when it is lowered
+    for CUDA.
 
     Args:
-      qkv: queries, keys and values, [B, N, 3, h, d].
+      qkv: queries, keys and values, [..., N, 3, h, d].
+      bias: added to the scores before the softmax, float32 [..., h, N, N].
 
     Returns:
-      [B, N, h, d], of the same dtype.
+      [..., N, h, d], of the same dtype.
     """
     # XLA's GPU compiler writes the [N, N] scores to memory and reads them back, cuDNN's fused kernel
     # does not. Remove when `jax.nn.dot_product_attention` selects cuDNN by default.
-    if _can_use_cudnn(qkv):
+    if bias is None and _can_use_cudnn(qkv):
         return jax.lax.platform_dependent(qkv, cuda=_cudnn_attend, default=_plain_attend)
-    return _plain_attend(qkv)
+    return _plain_attend(qkv, bias)
 
 
 def _can_use_cudnn(qkv):
@@ -358,12 +360,14 @@ def _cudnn_attend(qkv):
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
 
 
-def _plain_attend(qkv):
+def _plain_attend(qkv, bias=None):
     # With heads first the matrix products need no further transposes: a seventh faster on CPUs.
-    query, key, value = qkv.transpose(2, 0, 3, 1, 4)
-    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
-    weights = attention_weights(scores * query.shape[-1] ** -0.5).astype(qkv.dtype)
-    return (weights @ value).swapaxes(1, 2)
+    query, key, value = jnp.moveaxis(qkv, (-3, -2), (0, -3))
+    scores = jnp.einsum("...qd,...kd->...qk", query, key, preferred_element_type=jnp.float32)
+    scores = scores * query.shape[-1] ** -0.5
+    scores = scores if bias is None else scores + bias
+    weights = attention_weights(scores).astype(qkv.dtype)
+    return (weights @ value).swapaxes(-3, -2)
 
 
 def compiler_options(mesh: Mesh) -> dict[str, bool] | None:

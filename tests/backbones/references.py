@@ -6,8 +6,10 @@ import numpy as np
 import torch
 from running import run
 
+from ttame_jax.backbones import family_of
 from ttame_jax.convert.pytorch.checkpoints import numpy_state
 from ttame_jax.convert.pytorch.torch_import import import_torchvision
+from ttame_jax.convert.timm_table import randomise
 from ttame_jax.weights import abstract_backbone, timm_models
 from ttame_jax.weights.backbones import published
 from ttame_jax.weights.transfer import fill, to_flax, to_torch
@@ -50,10 +52,15 @@ def create_free_vit(library: str, num_classes: int = 10) -> torch.nn.Module:
     ).eval()
 
 
+def described(module: torch.nn.Module, **config):
+    """Our abstract backbone, built from a module of timm's alone."""
+    module.pretrained_cfg = CARD
+    return abstract_backbone("timm:any", **{**timm_models.read(module, "timm:any"), **config})
+
+
 def load(module: torch.nn.Module, **config):
     """Our backbone, built and filled from a module of timm's alone."""
-    module.pretrained_cfg = CARD
-    backbone = abstract_backbone("timm:any", **{**timm_models.read(module, "timm:any"), **config})
+    backbone = described(module, **config)
     return fill(backbone, to_flax(backbone, numpy_state(module.state_dict())))
 
 
@@ -66,7 +73,11 @@ def images(height: int, width: int | None = None, count: int = 2) -> np.ndarray:
 
 
 def outputs(
-    model: torch.nn.Module, nodes: list[str], x: np.ndarray, prefix: int = 1
+    model: torch.nn.Module,
+    nodes: list[str],
+    x: np.ndarray,
+    prefix: int = 1,
+    channels_last: bool = False,
 ) -> list[np.ndarray]:
     """Logits, then the outputs of the named modules as [B, H, W, C], of images [B, H, W, 3]."""
     found = {}
@@ -79,13 +90,13 @@ def outputs(
         logits = model(torch.from_numpy(x).permute(0, 3, 1, 2))
     for hook in hooks:
         hook.remove()
-    return [logits.numpy(), *(spatial(found[node], prefix) for node in nodes)]
+    return [logits.numpy(), *(spatial(found[node], prefix, channels_last) for node in nodes)]
 
 
-def spatial(feature: torch.Tensor, prefix: int = 1) -> np.ndarray:
-    """[B, C, H, W], or a ViT's [B, prefix + N, C], as [B, H, W, C]."""
+def spatial(feature: torch.Tensor, prefix: int = 1, channels_last: bool = False) -> np.ndarray:
+    """[B, C, H, W], a ViT's [B, prefix + N, C], or what it is already, as [B, H, W, C]."""
     if feature.ndim == 4:
-        return feature.permute(0, 2, 3, 1).numpy()
+        return (feature if channels_last else feature.permute(0, 2, 3, 1)).numpy()
     side = math.isqrt(feature.shape[1] - prefix)
     return feature[:, prefix:].reshape(len(feature), side, side, -1).numpy()
 
@@ -97,10 +108,18 @@ def assert_close(ours, theirs: np.ndarray) -> None:
     assert np.abs(np.asarray(ours) - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
-def check(backbone, module: torch.nn.Module, nodes: list[str], x: np.ndarray, prefix: int = 1):
+def check(
+    backbone,
+    module: torch.nn.Module,
+    nodes: list[str],
+    x: np.ndarray,
+    prefix: int = 1,
+    channels_last: bool = False,
+) -> None:
     """Our logits and feature maps are the module's."""
     logits, features = run(backbone, x)
-    for ours, theirs in zip((logits, *features), outputs(module, nodes, x, prefix), strict=True):
+    expected = outputs(module, nodes, x, prefix, channels_last)
+    for ours, theirs in zip((logits, *features), expected, strict=True):
         assert_close(ours, theirs)
 
 
@@ -110,3 +129,19 @@ def check_round_trip(backbone, module: torch.nn.Module, library: str) -> None:
     assert back.keys() == state.keys()
     for key, value in state.items():
         assert back[key].dtype == value.dtype and np.array_equal(back[key], value), key
+
+
+def equal(
+    backbone,
+    module: torch.nn.Module,
+    nodes: list[str],
+    x: np.ndarray,
+    library: str = "timm",
+    prefix: int = 1,
+):
+    """An abstract backbone with a module's weights, which are random here, computes what the module
+    computes, and gives the weights back as they were."""
+    fill(backbone, to_flax(backbone, numpy_state(randomise(module).state_dict())))
+    check(backbone, module, nodes, x, prefix, family_of(backbone).libraries[library].channels_last)
+    check_round_trip(backbone, module, library)
+    return backbone

@@ -46,6 +46,7 @@ numpy.savez("maps.npz", logits=logits, maps=maps, others=others)
     [
         ("vit", {"variant": "sigmoid"}),
         ("squeezenet1_1", {"backbone_config": {"num_classes": 7, "image_size": 64}}),
+        pytest.param("swin_t", {"backbone_config": {"num_classes": 7}}, marks=pytest.mark.slow),
         pytest.param(
             "timm:test_vit2",
             {"variant": "lcam", "backbone_config": {"num_classes": 7, "features": "norm"}},

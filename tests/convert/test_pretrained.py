@@ -4,12 +4,13 @@ import dataclasses
 
 import pytest
 
+from ttame_jax.backbones import FAMILIES
 from ttame_jax.convert.pytorch.timm import read_card
 from ttame_jax.convert.pytorch.torch_import import import_torchvision
-from ttame_jax.weights import abstract_backbone
 from ttame_jax.weights.backbones import published
 
 TORCHVISION, TIMM = published("torchvision"), published("timm")
+ARCHITECTURES = {name: a for family in FAMILIES for name, a in family.architectures.items()}
 
 pytest.importorskip("torch")
 
@@ -18,7 +19,7 @@ pytest.importorskip("torch")
 def test_preprocessing_is_that_of_torchvisions_weights(name):
     weights = import_torchvision().models.get_model_weights(TORCHVISION[name]).IMAGENET1K_V1
     theirs = weights.transforms()
-    ours = abstract_backbone(name).preprocessing
+    ours = ARCHITECTURES[name].preprocessing
     assert [ours.image_size] == theirs.crop_size and [ours.resize_size] == theirs.resize_size
     assert ours.interpolation == theirs.interpolation.value
     assert list(ours.mean) == theirs.mean and list(ours.std) == theirs.std

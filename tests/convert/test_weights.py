@@ -1,10 +1,13 @@
 """Weights that fit, and every way in which they may not."""
 
+import re
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 from ttame_jax.weights import abstract_backbone
+from ttame_jax.weights.backbones import published
 from ttame_jax.weights.transfer import parameters, shapes, tables, to_flax, to_torch
 
 VIT = {"image_size": 32, "patch_size": 8, "width": 24, "depth": 2, "num_heads": 3}
@@ -126,10 +129,21 @@ def test_a_family_without_that_layout_says_so():
         to_torch(backbone, "timm")
 
 
-def test_every_published_variant_has_the_tensors_of_the_real_module():
+# The tests of these families compare all of their architectures.
+ELSEWHERE = "efficientnet|regnet"
+LARGE = r"convnext_(small|base|large)|swin_[sb]|densenet(161|169|201)"
+PUBLISHED = {library: published(library) for library in ("torchvision", "timm")}
+NAMES = [
+    pytest.param(name, marks=[pytest.mark.slow] * bool(re.fullmatch(LARGE, name)))
+    for name in dict.fromkeys(name for names in PUBLISHED.values() for name in names)
+    if not re.search(ELSEWHERE, name)
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_published_variant_has_the_tensors_of_the_real_module(name):
     torch = pytest.importorskip("torch")
     from ttame_jax.convert.pytorch.torch_import import import_torchvision
-    from ttame_jax.weights.backbones import published
 
     torchvision = import_torchvision()
     timm = pytest.importorskip("timm")
@@ -137,21 +151,11 @@ def test_every_published_variant_has_the_tensors_of_the_real_module():
         "torchvision": torchvision.models.get_model,
         "timm": lambda model: timm.create_model(model.partition(".")[0]),
     }
-    # The tests of these families compare all of their architectures.
-    models = {
-        library: {
-            name: model
-            for name, model in published(library).items()
-            if "efficientnet" not in name and "regnet" not in name
-        }
-        for library in create
-    }
-    for name in dict.fromkeys(name for names in models.values() for name in names):
-        backbone = abstract_backbone(name)
-        paths = sorted(parameters(backbone))
-        for library in (library for library in create if name in models[library]):
-            with torch.device("meta"):
-                module = create[library](models[library][name])
-            theirs = {key: tuple(v.shape) for key, v in module.state_dict().items()}
-            assert shapes(backbone, library) == theirs, name
-            assert sorted(p for _, p, _ in tables(backbone)[library]) == paths
+    backbone = abstract_backbone(name)
+    paths = sorted(parameters(backbone))
+    for library in (library for library in create if name in PUBLISHED[library]):
+        with torch.device("meta"):
+            module = create[library](PUBLISHED[library][name])
+        theirs = {key: tuple(v.shape) for key, v in module.state_dict().items()}
+        assert shapes(backbone, library) == theirs
+        assert sorted(p for _, p, _ in tables(backbone)[library] if p) == paths

@@ -28,7 +28,11 @@ BACKBONES = {
     "squeezenet1_1": {"image_size": 64, "num_classes": 5},
     "resnet18": {"image_size": 32, "num_classes": 5},
     "efficientnet_b0": {"image_size": 32, "num_classes": 5},
+    "timm:convnextv2_atto": {"image_size": 32, "num_classes": 5},
+    "swin_t": {"num_classes": 5},
+    "densenet121": {"image_size": 32, "num_classes": 5},
 }
+SLOW = ("efficientnet_b0", "timm:convnextv2_atto", "swin_t", "densenet121")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +90,7 @@ def check(explainer, exporter, runner, folder):
     ("name", "format"),
     # Each backbone has operations of its own.
     [(name, "onnx") for name in ("vit", "squeezenet1_1", "resnet18")]
-    + [pytest.param("efficientnet_b0", "onnx", marks=pytest.mark.slow)]
+    + [pytest.param(name, "onnx", marks=pytest.mark.slow) for name in SLOW]
     + [("vit", "stablehlo"), ("squeezenet1_1", "stablehlo")],
 )
 def test_an_exported_explainer_computes_the_same(name, format, make_explainer, tmp_path):

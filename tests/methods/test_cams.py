@@ -53,6 +53,10 @@ def test_methods_agree_with_the_package_on_real_images(name, squeezenet, shared)
 # Not Score-CAM of ResNet-18: it takes 512 forward passes.
 OTHERS = [(name, "vit", TINY) for name in CAMS]
 OTHERS += [(name, "resnet18", {"image_size": 64}) for name in CAMS if name != "scorecam"]
+OTHERS += [
+    pytest.param("gradcam", name, {"image_size": size}, marks=pytest.mark.slow)
+    for name, size in (("convnext_tiny", 64), ("swin_t", 224))
+]
 
 
 @pytest.mark.parametrize(("name", "backbone", "config"), OTHERS)

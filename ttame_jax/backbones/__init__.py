@@ -1,6 +1,17 @@
 """The frozen classifiers, one file per family."""
 
-from . import densenet, efficientnet, mobilenetv3, regnet, resnet, squeezenet, vgg, vit
+from . import (
+    convnext,
+    densenet,
+    efficientnet,
+    mobilenetv3,
+    regnet,
+    resnet,
+    squeezenet,
+    swin,
+    vgg,
+    vit,
+)
 from .base import Architecture, Backbone
 from .family import Family
 
@@ -12,6 +23,8 @@ FAMILIES: tuple[Family, ...] = (
     efficientnet.FAMILY,
     mobilenetv3.FAMILY,
     regnet.FAMILY,
+    convnext.FAMILY,
+    swin.FAMILY,
     densenet.FAMILY,
 )
 

@@ -178,6 +178,12 @@ class Backbone(nnx.Module):
                 f"{self.name} takes images of at least {self.min_size}x{self.min_size} pixels, "
                 f"got {height}x{width}"
             )
+        size = self.preprocessing.image_size
+        if not self.any_size and (height, width) != (size, size):
+            raise ValueError(
+                f"{self.name} was built for {size}x{size} pixels, got {height}x{width}; "
+                "load it with the image_size you need (square images)"
+            )
 
     def feature_shapes(self, image_size: int | None = None) -> tuple[tuple[int, int, int], ...]:
         """(H_i, W_i, C_i) of each feature map for a square input, without computing anything."""

@@ -19,9 +19,10 @@ class Library:
 
     Attributes:
       models: the library's model of each published architecture, by our name.
-      tensors: the table of tensor names of a backbone.
+      tensors: the table of tensor names of a backbone; empty if the library cannot compute it.
       feature_nodes: names of the modules whose outputs are the backbone's feature maps, earliest
         first.
+      channels_last: whether those outputs are [B, H, W, C].
       options: keyword arguments besides `num_classes` that the library's constructor needs.
       build: how the library builds an architecture that has no name there; None if it cannot.
     """
@@ -29,6 +30,7 @@ class Library:
     models: Mapping[str, str]
     tensors: Callable[[Any], Table]
     feature_nodes: Callable[[Any], list[str]]
+    channels_last: bool = False
     options: Callable[[Any], dict[str, Any]] = lambda backbone: {}
     build: Callable[[Any], Call | None] = lambda backbone: None
 
@@ -58,6 +60,8 @@ class Timm(Library):
       refusals: reasons why a module of this class cannot be built here.
       read: the architecture of a module, except for its classes and preprocessing.
       image_size: the input size of a module; None is that of its pretrained configuration.
+      derived: endings of the keys of tensors that timm no longer stores, but older published files
+        do.
     """
 
     module: str
@@ -66,6 +70,7 @@ class Timm(Library):
     read: Callable[[Any], dict[str, Any]]
     refusals: Callable[[Any], Iterator[str]] = lambda module: iter(())
     image_size: Callable[[Any], int | None] = lambda module: None
+    derived: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,8 @@ class Transform(NamedTuple):
 class Entry(NamedTuple):
     """A tensor under both names.
 
-    A tensor without a Flax path has no counterpart here: it is ignored when read and written as
-    zero.
+    A tensor without a Flax path has no counterpart here: it is ignored when read, and written as
+    what its transform makes of zero.
     """
 
     torch_key: str
@@ -43,6 +43,11 @@ LINEAR_AS_CONV = Transform(
     lambda x: x.reshape(x.shape[:2]).transpose(1, 0),
     lambda x: x.transpose(1, 0).reshape(*x.shape[::-1], 1, 1),
 )
+
+
+def constant(value: Any) -> Transform:
+    """The transform of a tensor that is the same in every model."""
+    return Transform(lambda x: x, lambda _: value)
 
 
 def weights(torch: str, flax: str, transform: Transform, bias: bool = True) -> Table:

@@ -214,14 +214,6 @@ class ViT(Backbone):
         """[B, prefix + N, D] -> [B, sqrt N, sqrt N, D]: the patch tokens in their place."""
         return x[:, self.prefix_tokens :].reshape(x.shape[0], self.side, self.side, -1)
 
-    def check_size(self, height, width):
-        size = self.preprocessing.image_size
-        if (height, width) != (size, size):
-            raise ValueError(
-                f"{self.name} was built for {size}x{size} pixels, got {height}x{width}; "
-                "load it with the image_size you need (square images)"
-            )
-
     def fit_tensor(self, path, tensor):
         if path != "pos_embed":
             return tensor

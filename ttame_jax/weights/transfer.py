@@ -45,7 +45,7 @@ def layouts(backbone: Backbone) -> dict[str, Table]:
     return {
         name: table
         for name, table in tables(backbone).items()
-        if {entry.flax_path for entry in table} == paths
+        if {entry.flax_path for entry in table if entry.flax_path} == paths
     }
 
 
@@ -65,9 +65,8 @@ def shapes(backbone: Backbone, layout: str) -> dict[str, tuple[int, ...]]:
     """The shapes of the state dict of a backbone (also an abstract one) in a layout."""
     values = parameters(backbone)
     return {
-        entry.torch_key: _torch_shape(entry.transform, values[entry.flax_path].shape)
-        for entry in tables(backbone)[layout]
-        if entry.flax_path
+        key: _torch_shape(transform, values[path].shape if path else ())
+        for key, path, transform in tables(backbone)[layout]
     }
 
 
@@ -77,18 +76,16 @@ def _torch_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...
 
 
 def export(module: nnx.Module, table: Table) -> Tensors:
-    """A module's state dict by a table: float32, and int64 for counters."""
+    """A module's state dict by a table: float32, and int64 for integers."""
     values = parameters(module)
     return {
-        key: np.zeros((), np.int64)
-        if path is None
-        else _torch_type(np.asarray(transform.to_torch(np.asarray(values[path])), order="C"))
+        key: _torch_type(transform.to_torch(np.asarray(values[path] if path else 0)))
         for key, path, transform in table
     }
 
 
 def _torch_type(value: np.ndarray) -> np.ndarray:
-    return value.astype(np.int64) if value.dtype.kind == "i" else value
+    return np.asarray(value, np.int64 if value.dtype.kind == "i" else None, order="C")
 
 
 def to_flax(
@@ -173,7 +170,9 @@ def _plain_keys(backbone: Backbone, tensors: Mapping[str, np.ndarray], source: s
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     if huggingface := family_of(backbone).huggingface:
         tensors = huggingface.renamed(dict(tensors))
-    torchvision = family_of(backbone).torchvision
+    torchvision, timm = family_of(backbone).torchvision, family_of(backbone).timm
+    if timm:
+        tensors = {k: value for k, value in tensors.items() if not k.endswith(timm.derived)}
     renamed = torchvision.renamed if torchvision else str
     plain = {renamed(key): value for key, value in tensors.items()}
     if len(plain) < len(tensors):
