@@ -220,12 +220,10 @@ def preset(backbone: str) -> TrainConfig:
     if backbone is tyro.MISSING:
         return TrainConfig(backbone=backbone, output=tyro.MISSING)
     output = Path("runs") / re.sub(r"\W+", "_", backbone)
-    if ":" in backbone:
-        return TrainConfig(backbone=backbone, output=output, weights=default_weights(backbone))
     public = backbone.isidentifier() and not backbone.startswith("_")
     if public and importlib.util.find_spec(f"{PRESETS}.{backbone}"):
         return importlib.import_module(f"{PRESETS}.{backbone}").CONFIG
-    return TrainConfig(backbone=backbone, output=output)
+    return TrainConfig(backbone=backbone, output=output, weights=default_weights(backbone))
 
 
 def command(config: TrainConfig) -> str:

@@ -152,7 +152,8 @@ def vit_b_16():
     return random_module("vit_b_16")
 
 
-@pytest.mark.parametrize("features", [pytest.param("norm", marks=pytest.mark.slow), "block"])
+@pytest.mark.slow
+@pytest.mark.parametrize("features", ["norm", "block"])
 def test_maps_of_vit_b16_equal_pytorchs(features, vit_b_16, tmp_path):
     suffix = ".ln_1" if features == "norm" else ""
     names = [f"encoder.layers.encoder_layer_{i}{suffix}" for i in (9, 10, 11)]

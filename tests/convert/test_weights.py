@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from ttame_jax.config import preset
 from ttame_jax.weights import abstract_backbone
 from ttame_jax.weights.backbones import published
 from ttame_jax.weights.transfer import parameters, shapes, tables, to_flax, to_torch
@@ -127,6 +128,19 @@ def test_a_family_without_that_layout_says_so():
     backbone = abstract_backbone("squeezenet1_1")
     with pytest.raises(ValueError, match="squeezenet1_1 has no layout 'timm', only torchvision"):
         to_torch(backbone, "timm")
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("resnet18", "torchvision"),
+        ("tf_efficientnet_lite0", "timm"),
+        ("timm:resnet18", "timm"),
+        ("hf:microsoft/resnet-18", "hf"),
+    ],
+)
+def test_a_backbone_is_trained_with_the_published_weights_it_has(name, weights):
+    assert preset(name).weights == weights
 
 
 # The tests of these families compare all of their architectures.

@@ -89,13 +89,11 @@ def start_two(launcher, dataset, output):
     return [launcher.start([*command, *flags], devices=2) for flags in fellows(2)]
 
 
-def test_synchronised_runs_on_1_4_and_8_devices_are_the_same(whole, dataset, tmp_path, launcher):
-    runs = {devices: tmp_path / f"{devices}" for devices in (1, 4)}
-    commands = {devices: train_command(dataset, run, **FIELDS) for devices, run in runs.items()}
-    launcher.finish(*(launcher.start(command, devices) for devices, command in commands.items()))
-    for run in runs.values():
-        assert steps(run) == list(range(1, 41))
-        assert_same_parameters(whole, run)
+def test_synchronised_runs_on_1_and_8_devices_are_the_same(whole, dataset, tmp_path, launcher):
+    output = tmp_path / "run"
+    launcher.finish(launcher.start(train_command(dataset, output, **FIELDS), devices=1))
+    assert steps(output) == list(range(1, 41))
+    assert_same_parameters(whole, output)
 
 
 def test_two_processes_end_when_either_is_killed_and_resume(whole, dataset, tmp_path, launcher):

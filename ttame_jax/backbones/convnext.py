@@ -1,5 +1,5 @@
 """ConvNeXt (Liu et al., 2022, arXiv:2201.03545) and ConvNeXt V2 (Woo et al., 2023,
-arXiv:2301.00808), with timm's smaller models and their overlapping stems."""
+arXiv:2301.00808), including timm's smaller models and their overlapping stems."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

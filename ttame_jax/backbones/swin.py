@@ -1,5 +1,5 @@
-"""Swin Transformer (Liu et al., 2021, arXiv:2103.14030) and its searched relatives of timm's (S3,
-Chen et al., 2021, arXiv:2111.14725)."""
+"""Swin Transformer (Liu et al., 2021, arXiv:2103.14030) and the searched S3 variants in timm (Chen et
+al., 2021, arXiv:2111.14725)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         window, shift = self.window, self.shift
-        # The shift is cyclic. Tokens that come together from opposite borders do not see each other.
+        # The shift is cyclic. The mask separates tokens from opposite borders of the image.
         y = jnp.roll(self.norm1(x), (-shift, -shift), (1, 2))
         mask = shift_mask(x.shape[1:3], window, shift) if shift else None
         y = join_windows(self.attn(split_windows(y, window), mask), x.shape)
@@ -143,8 +143,8 @@ class Stage(nnx.Module):
 class Swin(Backbone):
     """Feature maps: the last three of the four stages (strides 8, 16 and 32).
 
-    `target_layer` is the LayerNorm after them: the layer whose output the classifier averages. It
-    is no feature map, for the stages are all of one kind; hence there are no `class_weights`.
+    `target_layer` is the LayerNorm after the last stage, whose output the classifier averages. It
+    is not one of the feature maps, so there are no `class_weights`.
 
     Raises:
       ValueError: the windows do not fit into the image size.

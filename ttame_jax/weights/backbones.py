@@ -128,7 +128,10 @@ def _is_foreign(name: str) -> bool:
 
 def default_weights(name: str) -> str:
     """Where the published weights of a backbone come from: "torchvision", "timm" or "hf"."""
-    return name.partition(":")[0] if _is_foreign(name) else "torchvision"
+    if _is_foreign(name):
+        return name.partition(":")[0]
+    libraries = [one for one in ("torchvision", "timm") if name in published(one)]
+    return next(iter(libraries), "torchvision")
 
 
 def _described(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
