@@ -166,7 +166,16 @@ def test_another_image_size_keeps_the_share_that_is_cropped():
     assert (preprocessing.image_size, preprocessing.resize_size) == (32, 32)
 
 
-@pytest.mark.parametrize("name", ["vgg11", "resnet18", "vit_ti16", "squeezenet1_0", "digits_cnn"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("vgg11", marks=pytest.mark.slow),
+        "resnet18",
+        "vit_ti16",
+        "squeezenet1_0",
+        "digits_cnn",
+    ],
+)
 def test_a_backbone_split_at_its_target_layer_computes_the_same_logits(name, random_backbone):
     backbone = random_backbone(name, image_size=64)
     some = jnp.array([7, 2])
@@ -197,7 +206,12 @@ def test_an_unknown_layer_is_refused_with_the_names_there_are():
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("digits_cnn", 1), ("digits_cnn", 7), ("digits_vit", 6)]
+    ("name", "count"),
+    [
+        ("digits_cnn", 1),
+        ("digits_cnn", 7),
+        pytest.param("digits_vit", 6, marks=pytest.mark.slow),
+    ],
 )
 def test_images_in_groups_give_what_they_give_all_at_once(name, count, monkeypatch):
     backbone = load_backbone(name)

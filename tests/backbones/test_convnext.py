@@ -40,7 +40,12 @@ def small(kind):
     return ConvNeXt(**SIZES, **KINDS[kind]).eval()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+FEW = ("original", "tiered_stem", "norm_before_average", "v2")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.slow] * (k not in FEW)) for k in KINDS]
+)
 def test_convnext_equals_timm(kind):
     module = small(kind)
     equal(described(module), module, TIMM_NODES, images(67, 94))
@@ -119,6 +124,7 @@ def test_the_smallest_input_is_pytorchs(kind):
         backbone(jnp.zeros((1, smallest - 1, smallest, 3)))
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_the_same_function():
     half, full = (randomised(described(small("v2"), dtype=dtype)) for dtype in ("bfloat16", None))
     x = images(64)

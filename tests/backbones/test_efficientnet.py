@@ -51,6 +51,7 @@ def small(blocks=BLOCKS, **options):
         "tf_efficientnet_b0",
     ],
 )
+@pytest.mark.slow
 def test_efficientnet_equals_timm(name):
     module = randomise(timm.create(name, num_classes=10))
     backbone = abstract_backbone(name, num_classes=10)
@@ -100,6 +101,7 @@ def test_the_classifier_averages_the_target_layer():
     np.testing.assert_allclose(after(state, classes), logits[:, classes], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_the_same_function():
     module, x = randomise(small()), images(64)
     logits, features = run(load(module, dtype="bfloat16"), x)

@@ -103,12 +103,14 @@ def vit_b_16():
     return randomise(create("vit_b16", "torchvision"))
 
 
+@pytest.mark.slow
 def test_vit_b16_block_outputs_equal_torchvision(vit_b_16, tmp_path):
     backbone = carry(vit_b_16, tmp_path / "w.safetensors", "vit_b16")
     nodes = [f"encoder.layers.encoder_layer_{i}" for i in (9, 10, 11)]
     check(backbone, vit_b_16, nodes, images(224))
 
 
+@pytest.mark.slow
 def test_vit_b16_norms_equal_the_nodes_of_the_authors_code(vit_b_16, tmp_path):
     from torchvision.models.feature_extraction import create_feature_extractor
 

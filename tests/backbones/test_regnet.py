@@ -110,6 +110,7 @@ def test_the_classifier_averages_the_last_feature_map():
     assert [shape[0] for shape in backbone.feature_shapes(64)] == [8, 4, 2]
 
 
+@pytest.mark.slow
 def test_a_regnet_has_its_gradient():
     """`Conv` has its own implementation on CPUs except for groups."""
     backbone = load(randomise(small(0)))

@@ -99,12 +99,14 @@ def test_the_classifier_averages_the_target_layer(backbone):
     np.testing.assert_allclose(after(state, classes), logits[:, classes], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_the_same_function(backbone):
     half, x = randomised(described(small(), dtype="bfloat16")), images(64)
     for low, high in zip(jax.tree.leaves(run(half, x)), jax.tree.leaves(run(backbone, x))):
         assert jnp.abs(low - high).max() < 0.03 * jnp.abs(high).max()
 
 
+@pytest.mark.slow
 def test_the_exported_module_has_feature_maps_with_channels_first(backbone, monkeypatch):
     monkeypatch.setattr(standalone, "create_backbone", lambda config: small())
     assert max(differences(backbone, None, "timm").values()) < 1e-5

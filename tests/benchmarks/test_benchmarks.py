@@ -52,6 +52,7 @@ def test_train_step_compares_with_pytorch(capsys):
     assert result["share_of_peak"] is None  # of a CPU
 
 
+@pytest.mark.slow
 def test_explain_gives_the_overhead_over_the_bare_classifier(capsys):
     setting = common.Setting(**SETTING | {"backbone": "digits_cnn"})
     result = printed(capsys, explain.run, setting)
@@ -61,6 +62,7 @@ def test_explain_gives_the_overhead_over_the_bare_classifier(capsys):
     assert 1 < result["flops_overhead"]["one_class"] < result["flops_overhead"]["all_classes"]
 
 
+@pytest.mark.slow
 def test_input_pipeline_adds_up_its_stages(capsys):
     result = printed(capsys, input_pipeline.run, input_pipeline.Options(**SETTING, limit=4))
     total = sum(1 / rate for rate in result["by_stage"].values())
@@ -68,6 +70,7 @@ def test_input_pipeline_adds_up_its_stages(capsys):
     assert 80_000 < result["mean_bytes"] < 140_000  # as ImageNet's
 
 
+@pytest.mark.slow
 def test_torch_reference_trains_alone(capsys):
     result = printed(capsys, torch_reference.run, torch_reference.Options(**SETTING))
     assert result["images_per_second"] == pytest.approx(8 / result["seconds_per_step"])

@@ -45,7 +45,11 @@ numpy.savez("maps.npz", logits=logits, maps=maps, others=others)
     ("backbone", "fields"),
     [
         ("vit", {"variant": "sigmoid"}),
-        ("squeezenet1_1", {"backbone_config": {"num_classes": 7, "image_size": 64}}),
+        pytest.param(
+            "squeezenet1_1",
+            {"backbone_config": {"num_classes": 7, "image_size": 64}},
+            marks=pytest.mark.slow,
+        ),
         pytest.param("swin_t", {"backbone_config": {"num_classes": 7}}, marks=pytest.mark.slow),
         pytest.param(
             "timm:test_vit2",

@@ -42,7 +42,9 @@ def squeezenet(shared):
     return load_backbone("squeezenet1_0", weights, image_size=64)
 
 
-@pytest.mark.parametrize("name", CAMS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "scorecam")) for n in CAMS]
+)
 def test_methods_agree_with_the_package_on_real_images(name, squeezenet, shared):
     several = "gradcam" in name  # one forward pass
     images = read_images(shared, squeezenet.preprocessing, 3 if several else 1)
@@ -50,9 +52,9 @@ def test_methods_agree_with_the_package_on_real_images(name, squeezenet, shared)
     assert_agrees(method, images, np.array([281, 5, 900])[: len(images)])
 
 
-# Not Score-CAM of ResNet-18: it takes 512 forward passes.
+# Not Score-CAM and Ablation-CAM of ResNet-18, which take 512 forward passes.
 OTHERS = [(name, "vit", TINY) for name in CAMS]
-OTHERS += [(name, "resnet18", {"image_size": 64}) for name in CAMS if name != "scorecam"]
+OTHERS += [(name, "resnet18", {"image_size": 64}) for name in CAMS if name.startswith("grad")]
 OTHERS += [
     pytest.param("gradcam", name, {"image_size": size}, marks=pytest.mark.slow)
     for name, size in (("convnext_tiny", 64), ("swin_t", 224))

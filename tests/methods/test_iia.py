@@ -138,6 +138,7 @@ def test_devices_share_the_images(vit, images):
 
 
 @pytest.mark.parametrize("name", ["cnn", "vit"])
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_steps(name, images, request):
     backbone = request.getfixturevalue(name)
     size = backbone.preprocessing.image_size
@@ -164,6 +165,7 @@ def test_a_flat_image_gives_a_map_without_nan(cnn):
 
 
 @pytest.mark.parametrize("name", ["digits_cnn", "vit"])
+@pytest.mark.slow
 def test_a_backbone_in_bfloat16_is_explained(name, images):
     backbone = load_backbone("vit", **TINY, dtype="bfloat16")
     if name != "vit":

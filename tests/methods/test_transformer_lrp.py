@@ -200,6 +200,7 @@ def test_neither_other_images_nor_other_classes_change_a_map(backbone, images):
     np.testing.assert_allclose(together[2, 1], alone[0, 0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_devices_share_the_images(backbone, images):
     method = TransformerLRP(backbone)
     graph, state = nnx.split(method)
@@ -220,6 +221,7 @@ def test_registers_have_no_place_in_the_map(images):
     assert np.isfinite(maps).all()
 
 
+@pytest.mark.slow
 def test_a_backbone_in_bfloat16_is_explained(images):
     backbone = load_backbone("vit", **TINY, dtype="bfloat16")
     maps = compute_maps(TransformerLRP(backbone), images, CLASSES)

@@ -89,6 +89,7 @@ def test_equals_the_package_on_scattered_and_solid_masks():
         np.testing.assert_allclose(imputed, package(image, hole), atol=1e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_equals_the_package_at_full_size_with_99_percent_removed():
     package, image = package_imputer(), picture((224, 224))
     removed = block(99, "end", image.shape[:2])
@@ -96,6 +97,7 @@ def test_equals_the_package_at_full_size_with_99_percent_removed():
     np.testing.assert_allclose(got, package(image, removed), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_few_iterations_reach_the_stated_residual(monkeypatch):
     monkeypatch.setattr(imputation, "MAX_ITERATIONS", 8)
     removed = np.stack(list(masks().values()))

@@ -118,6 +118,7 @@ def test_two_processes_end_when_either_is_killed_and_resume(whole, dataset, tmp_
     assert_same_parameters(whole, output)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_stops_all_and_one_process_resumes(
     whole, dataset, tmp_path, launcher
 ):
@@ -133,6 +134,7 @@ def test_sigterm_to_one_process_stops_all_and_one_process_resumes(
     assert_same_parameters(whole, output)
 
 
+@pytest.mark.slow
 def test_a_run_of_8_devices_resumes_on_4(whole, dataset, tmp_path, launcher):
     output = tmp_path / "run"
 

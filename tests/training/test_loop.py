@@ -347,6 +347,7 @@ def test_ctrl_c_saves_and_exits_with_130(config, capfd):
     assert any((config.output / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_half_precision_runs(config):
     train(dataclasses.replace(config, precision="bfloat16", epochs=1))
     assert all(np.isfinite(p).all() for p in parameters(config.output))

@@ -104,6 +104,7 @@ def test_each_device_takes_its_part_alone_and_results_are_averaged():
 
 
 @pytest.mark.parametrize("recipe", ["paper", pytest.param("reference", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_synchronised_the_number_of_devices_changes_nothing(recipe):
     """Not even with one image a device, whose own Psi would be a single map."""
     results = []
@@ -143,7 +144,7 @@ def test_synchronised_only_small_statistics_cross_besides():
     assert others < 40 * 32  # a few values a channel of the three BatchNorms
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_the_loss_falls_and_parameters_stay_float32(dtype):
     _, _, state, run = setup(devices=8, dtype=dtype)
     state, first = run(state, IMAGES)

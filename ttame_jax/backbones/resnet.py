@@ -123,7 +123,9 @@ def _shortcut(in_features, out_features, stride, architecture, options) -> Downs
 def _squeeze_excite(width, architecture, options) -> SqueezeExcite | None:
     if not architecture.squeeze:
         return None
-    return SqueezeExcite(width, max(width // 16, 8), dtype=options["dtype"], rngs=options["rngs"])
+    # A sixteenth, to the nearest multiple of 8.
+    squeezed = max((width + 64) // 128 * 8, 8)
+    return SqueezeExcite(width, squeezed, dtype=options["dtype"], rngs=options["rngs"])
 
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
