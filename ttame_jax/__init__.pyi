@@ -1,7 +1,7 @@
 """T-TAME: explanation maps for frozen image classifiers in one forward pass."""
 
 from .attention import AttentionMechanism
-from .backbones import Backbone
+from .backbones import Backbone, FunctionBackbone
 from .data import UnreadableImage, preprocess
 from .explainer import Explainer
 from .explaining import explain
@@ -19,6 +19,7 @@ __all__ = [
     "Explainer",
     "Explanation",
     "Explanations",
+    "FunctionBackbone",
     "Method",
     "Preprocessing",
     "UnreadableImage",
