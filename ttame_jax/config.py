@@ -19,6 +19,7 @@ from ttame_jax.files import in_bucket, to_json, write_atomically
 from ttame_jax.losses import LossConfig
 from ttame_jax.preprocessing import Masking
 from ttame_jax.weights.backbones import default_weights
+from ttame_jax.weights.imported import is_imported
 
 CONFIG_FILE = "config.json"
 INPUTS = "inputs"
@@ -208,6 +209,7 @@ def _with_paths(config: TrainConfig, change: Callable[[str], str]) -> TrainConfi
     folder = config.dataset.removeprefix(FOLDER)
     return dataclasses.replace(
         config,
+        backbone=change(config.backbone) if is_imported(config.backbone) else config.backbone,
         weights=change(weights) if weights and Path(weights).suffix else weights,
         data_dir=change(data_dir) if data_dir else data_dir,
         validation_list=type(listed)(change(os.fspath(listed))) if listed else listed,
@@ -220,7 +222,9 @@ def preset(backbone: str) -> TrainConfig:
     if backbone is tyro.MISSING:
         return TrainConfig(backbone=backbone, output=tyro.MISSING)
     output = Path("runs") / re.sub(r"\W+", "_", backbone)
-    if ":" in backbone:
+    if is_imported(backbone):
+        output = Path("runs") / re.sub(r"\W+", "_", Path(backbone).stem)
+    if is_imported(backbone) or ":" in backbone:
         return TrainConfig(backbone=backbone, output=output, weights=default_weights(backbone))
     public = backbone.isidentifier() and not backbone.startswith("_")
     if public and importlib.util.find_spec(f"{PRESETS}.{backbone}"):

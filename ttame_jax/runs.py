@@ -26,6 +26,7 @@ from ttame_jax.files import absolute, check_bucket, digest
 from ttame_jax.losses import LossConfig
 from ttame_jax.methods import load_method
 from ttame_jax.weights import load_backbone
+from ttame_jax.weights.imported import is_imported
 
 CHECKPOINT_FOLDER = "checkpoints"
 
@@ -59,7 +60,10 @@ def load_run(run_dir: str | Path, weights: str | None = None) -> Run:
     """
     config = load_config(run_dir)
     if weights is not None:
-        config = dataclasses.replace(config, weights=weights)
+        if is_imported(config.backbone):
+            config = dataclasses.replace(config, backbone=weights)
+        else:
+            config = dataclasses.replace(config, weights=weights)
     backbone = build_backbone(config)
     attention = build_attention(config, backbone)
     return Run(config, backbone, attention, load_attention(run_dir, attention))
@@ -215,7 +219,13 @@ ARCHITECTURE = ("backbone", "backbone_config", "variant")
 def digests_of(items: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
     """The item `DIGESTS`: a digest of each other item, and the settings that define the model."""
     digests: dict[str, Any] = {name: item_digest(item) for name, item in items.items()}
-    return digests | {"architecture": {name: getattr(config, name) for name in ARCHITECTURE}}
+    return digests | {"architecture": _architecture(config)}
+
+
+def _architecture(config: TrainConfig) -> dict[str, Any]:
+    """The settings `ARCHITECTURE`. An imported classifier may have moved; its weights are compared."""
+    backbone = Path(config.backbone).name if is_imported(config.backbone) else config.backbone
+    return {name: getattr(config, name) for name in ARCHITECTURE} | {"backbone": backbone}
 
 
 def check_architecture(folder: epath.Path, steps: Iterable[int], config: TrainConfig) -> None:
@@ -226,9 +236,9 @@ def check_architecture(folder: epath.Path, steps: Iterable[int], config: TrainCo
     """
     for step in steps:
         for name, saved in _saved_digests(folder / str(step)).get("architecture", {}).items():
-            if name in ARCHITECTURE and saved != getattr(config, name):
+            if name in ARCHITECTURE and saved != (found := _architecture(config)[name]):
                 raise Failure(
-                    f"{folder.parent / CONFIG_FILE} has {name} {getattr(config, name)}, but "
+                    f"{folder.parent / CONFIG_FILE} has {name} {found}, but "
                     f"checkpoint {step} was trained with {saved}: restore the file"
                 )
 

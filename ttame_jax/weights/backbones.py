@@ -11,11 +11,13 @@ import numpy as np
 from flax import nnx
 
 from ttame_jax.backbones import FAMILIES, Architecture, Backbone, Family, family_of
+from ttame_jax.backbones.imported import ImportedBackbone
 from ttame_jax.convert.pytorch import checkpoints, timm, torchvision
 from ttame_jax.files import read_safetensors, write_safetensors
 from ttame_jax.preprocessing import Preprocessing
 
 from . import huggingface, timm_models, transfer
+from .imported import is_imported, load_imported, save_imported
 
 FORMAT = "ttame_jax"  # names our own layout in a safetensors file's metadata
 
@@ -42,7 +44,8 @@ def load_backbone(
       name: one of `list_backbones()`, or "timm:MODEL" for a model of timm's in one of our
         families. timm then provides the architecture, unless `weights` is a file that
         `save_backbone` wrote. "hf:OWNER/NAME" is an image classifier of transformers on the Hugging
-        Face hub, "hf:FOLDER" one on disk.
+        Face hub, "hf:FOLDER" one on disk. A path ending in ".safetensors" is a classifier that
+        `ttame convert import` wrote, with its weights; it takes no further options.
       weights: a file (``.safetensors``, ``.pth``, ``.pt`` or ``.ckpt``, in torchvision's, timm's or our own
         layout); "torchvision" (its IMAGENET1K_V1 weights); "timm" (its default weights) or
         "timm:MODEL"; "hf" (those of the "hf:" model); None for random initialisation from `seed`.
@@ -57,6 +60,8 @@ def load_backbone(
       FileNotFoundError: weights that do not exist or cannot be downloaded.
       ImportError: weights that need PyTorch, where it is not installed.
     """
+    if is_imported(name):
+        return load_imported(name, weights, config)
     config = _given(name, config)
     if weights is None:
         return _build(name, _described(name, config) | config, nnx.Rngs(seed))
@@ -77,6 +82,8 @@ def abstract_backbone(name: str, **config: Any) -> Backbone:
 
     Arguments and errors are those of `load_backbone`.
     """
+    if is_imported(name):
+        return transfer.abstract(lambda rngs: load_imported(name, None, config))
     config = _given(name, config)
     config = _described(name, config) | config
     return transfer.abstract(lambda rngs: _build(name, config, rngs))
@@ -87,6 +94,8 @@ def save_backbone(backbone: Backbone, path: str | Path) -> None:
 
     The tensors are the parameters by dotted path. The metadata holds the name and the configuration.
     """
+    if isinstance(backbone, ImportedBackbone):
+        return save_imported(backbone, Path(path))
     metadata = {
         "format": FORMAT,
         "name": backbone.name,
@@ -116,7 +125,8 @@ def _given(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         similar = ", ".join(difflib.get_close_matches(name, _FAMILIES, n=6, cutoff=0))
         raise ValueError(
             f"unknown backbone {name!r}; there are {similar} and others "
-            "(ttame_jax.list_backbones()), timm:MODEL and hf:OWNER/NAME"
+            "(ttame_jax.list_backbones()), timm:MODEL, hf:OWNER/NAME and the .safetensors file of an "
+            "imported classifier"
         )
     return {key: value for key, value in config.items() if value is not None}
 
@@ -126,8 +136,13 @@ def _is_foreign(name: str) -> bool:
     return name.startswith((TIMM, HUGGINGFACE))
 
 
-def default_weights(name: str) -> str:
-    """Where the published weights of a backbone come from: "torchvision", "timm" or "hf"."""
+def default_weights(name: str) -> str | None:
+    """Where the published weights of a backbone come from: "torchvision", "timm" or "hf".
+
+    None for an imported classifier, which has its own.
+    """
+    if is_imported(name):
+        return None
     return name.partition(":")[0] if _is_foreign(name) else "torchvision"
 
 
