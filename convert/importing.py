@@ -117,10 +117,11 @@ def load_module(
 def _from_timm(model: str, weights: str | None, image_size: int | None):
     options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     try:
-        module: Any = timm.create(model, **options)
+        module = timm.create(model, **options)
     except TypeError:  # it takes images of any size
         module = timm.create(model)
-    preprocessing = Preprocessing(**timm.preprocessing(module.pretrained_cfg))
+    pretrained: Any = module.pretrained_cfg
+    preprocessing = Preprocessing(**timm.preprocessing(pretrained))
     if weights is None:
         path, described = timm.weights(model)
         preprocessing = Preprocessing(**described["preprocessing"])

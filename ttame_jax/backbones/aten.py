@@ -436,17 +436,23 @@ def _slice(x, dim=0, start=None, end=None, step=1):
 
 
 def _index(x, indices):
-    arrays = [slice(None) if index is None else index for index in indices]
-    return x[tuple(arrays)]
+    return x[tuple(slice(None) if index is None else index for index in indices)]
+
+
+def _index_put(x, indices, values, accumulate=False):
+    place = x.at[tuple(slice(None) if index is None else index for index in indices)]
+    return place.add(values) if accumulate else place.set(values)
+
+
+def _unfold(x, dim, size, step):
+    dim, starts = dim % x.ndim, np.arange(0, x.shape[dim] - size + 1, step)
+    windows = jnp.take(x, starts[:, None] + np.arange(size), axis=dim)  # [..., window, size, ...]
+    return jnp.moveaxis(windows, dim + 1, -1)
 
 
 def _expand(x, sizes, *, implicit=False):
     own = (1,) * (len(sizes) - x.ndim) + x.shape
     return jnp.broadcast_to(x, [n if size == -1 else size for n, size in zip(own, sizes)])
-
-
-def _repeat(x, repeats):
-    return jnp.tile(x, repeats)
 
 
 def _pad(x, pad, value=0.0):
@@ -614,6 +620,7 @@ _PLAIN: dict[str, Operator] = {
     "gather.default": lambda x, dim, index: jnp.take_along_axis(x, index, dim),
     "group_norm.default": _group_norm,
     "index.Tensor": _index,
+    "index_put.default": _index_put,
     "index_select.default": lambda x, dim, index: jnp.take(x, index, dim),
     "layer_norm.default": _layer_norm,
     "linalg_vector_norm.default": _vector_norm,
@@ -625,7 +632,7 @@ _PLAIN: dict[str, Operator] = {
     "mean.default": jnp.mean,
     "mm.default": jnp.matmul,
     "ones_like.default": lambda x, **_: jnp.ones_like(x),
-    "repeat.default": _repeat,
+    "repeat.default": jnp.tile,
     "rms_norm.default": _rms_norm,
     "roll.default": lambda x, shifts, dims=(): jnp.roll(x, tuple(shifts), tuple(dims) or None),
     "scaled_dot_product_attention.default": _attention,
@@ -637,11 +644,15 @@ _PLAIN: dict[str, Operator] = {
     "sum.default": jnp.sum,
     "t.default": jnp.transpose,
     "unbind.int": lambda x, dim=0: [jnp.take(x, i, dim) for i in range(x.shape[dim])],
+    "unfold.default": _unfold,
     "unsqueeze.default": lambda x, dim: jnp.expand_dims(x, dim),
     "view.default": jnp.reshape,
     "zeros_like.default": lambda x, **_: jnp.zeros_like(x),
 }
 """Operators on arrays as PyTorch sees them."""
 
-OPERATORS = frozenset({*_POINTWISE, *_BY_LAYOUT, *_PLAIN})
+KNOW_LAYOUTS = frozenset({*_POINTWISE, *_BY_LAYOUT})
+"""The names of the operators that read a `ChannelsLast` as it is stored."""
+
+OPERATORS = KNOW_LAYOUTS | _PLAIN.keys()
 """The names of all operators here, without "aten."."""
