@@ -190,21 +190,15 @@ def differences(
     Returns:
       By name: "logits" and the names of the feature maps.
     """
-    import torch
-
     size = backbone.preprocessing.image_size
-    names = ("logits", *backbone.feature_layers)
-    found = dict.fromkeys(names, 0.0)
+    found = dict.fromkeys(("logits", *backbone.feature_layers), 0.0)
     for count in sizes:
         images = np.random.default_rng(count).standard_normal((count, size, size, 3), np.float32)
         with jax.default_matmul_precision("highest"):
             logits, features = _forward(backbone, images)
-        outputs, expected = outputs_of(module, torch.from_numpy(images).permute(0, 3, 1, 2))
-        theirs = [expected, *(outputs[name] for name in backbone.feature_layers)]
-        for name, ours, their in zip(names, (logits, *features), theirs, strict=True):
-            value = _laid_out(backbone, name, their.numpy())
-            difference = np.abs(np.asarray(ours) - value).max() / np.abs(value).max()
-            found[name] = float(np.maximum(found[name], difference))  # keeps NaN
+        expected = reference(backbone, module, images)
+        for name, ours, theirs in zip(found, (logits, *features), expected, strict=True):
+            found[name] = float(np.maximum(found[name], relative(ours, theirs)))  # keeps NaN
     return found
 
 
@@ -213,10 +207,22 @@ def _forward(backbone, images):
     return backbone(images)
 
 
-def _laid_out(backbone: ImportedBackbone, name: str, value: np.ndarray) -> np.ndarray:
-    """PyTorch's output of a module as [B, H, W, C]; the logits as they are."""
-    if name == "logits":
-        return value
+def relative(ours, theirs: np.ndarray) -> float:
+    """The largest difference, relative to the largest value."""
+    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+
+
+def reference(backbone: ImportedBackbone, module, images: np.ndarray) -> list[np.ndarray]:
+    """PyTorch's logits, and its feature maps as [B, H, W, C], of images [B, H, W, 3]."""
+    import torch
+
+    outputs, logits = outputs_of(module, torch.from_numpy(images).permute(0, 3, 1, 2))
+    return [logits.numpy()] + [
+        _channels_last(backbone, name, outputs[name].numpy()) for name in backbone.feature_layers
+    ]
+
+
+def _channels_last(backbone: ImportedBackbone, name: str, feature: np.ndarray) -> np.ndarray:
     if backbone.graph.places[name].layout == "channels_first":
-        return value.transpose(0, 2, 3, 1)
-    return np.asarray(backbone.feature_map(jnp.asarray(value)))
+        return feature.transpose(0, 2, 3, 1)
+    return np.asarray(backbone.feature_map(jnp.asarray(feature)))
