@@ -518,6 +518,7 @@ _POINTWISE: dict[str, Operator] = {
     "clamp_max.default": jnp.minimum,
     "clone.default": lambda x, **_: x,
     "_to_copy.default": _cast,
+    "copy.default": lambda x, y, *_: jnp.broadcast_to(y, x.shape).astype(x.dtype),
     "cos.default": jnp.cos,
     "detach.default": lambda x: x,
     "div.Scalar": jnp.divide,
