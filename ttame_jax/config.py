@@ -18,6 +18,7 @@ from ttame_jax.data.transforms import MAX_PIXELS
 from ttame_jax.files import in_bucket, to_json, write_atomically
 from ttame_jax.losses import LossConfig
 from ttame_jax.preprocessing import Masking
+from ttame_jax.weights import module_files
 from ttame_jax.weights.backbones import default_weights
 
 CONFIG_FILE = "config.json"
@@ -35,8 +36,8 @@ class Common:
     """What most runs set."""
 
     backbone: str
-    """Name of the frozen classifier, such as vgg16, resnet50, vit_b16, timm:MODEL or
-    hf:OWNER/NAME."""
+    """Name of the frozen classifier, such as vgg16, resnet50, vit_b16, timm:MODEL, hf:OWNER/NAME,
+    or FILE.py:FUNCTION for a function of yours that returns one."""
     weights: str | None = "torchvision"
     """Weights of the backbone: a .safetensors, .pth, .pt or .ckpt file, torchvision, timm,
     timm:MODEL, or hf for the backbone hf:OWNER/NAME."""
@@ -206,8 +207,10 @@ def _with_paths(config: TrainConfig, change: Callable[[str], str]) -> TrainConfi
     """The configuration with changed paths of its inputs."""
     weights, data_dir, listed = config.weights, config.data_dir, config.validation_list
     folder = config.dataset.removeprefix(FOLDER)
+    path, function = module_files.parse(config.backbone) or (None, "")
     return dataclasses.replace(
         config,
+        backbone=f"{change(str(path))}:{function}" if path else config.backbone,
         weights=change(weights) if weights and Path(weights).suffix else weights,
         data_dir=change(data_dir) if data_dir else data_dir,
         validation_list=type(listed)(change(os.fspath(listed))) if listed else listed,

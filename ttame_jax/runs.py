@@ -25,7 +25,7 @@ from ttame_jax.explainer import Explainer
 from ttame_jax.files import absolute, check_bucket, digest
 from ttame_jax.losses import LossConfig
 from ttame_jax.methods import load_method
-from ttame_jax.weights import load_backbone
+from ttame_jax.weights import load_backbone, module_files
 
 CHECKPOINT_FOLDER = "checkpoints"
 
@@ -215,7 +215,15 @@ ARCHITECTURE = ("backbone", "backbone_config", "variant")
 def digests_of(items: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
     """The item `DIGESTS`: a digest of each other item, and the settings that define the model."""
     digests: dict[str, Any] = {name: item_digest(item) for name, item in items.items()}
-    return digests | {"architecture": {name: getattr(config, name) for name in ARCHITECTURE}}
+    return digests | {"architecture": _architecture(config)}
+
+
+def _architecture(config: TrainConfig) -> dict[str, Any]:
+    """The settings that define the model. Of a user's file only its name, since a run can move."""
+    settings = {name: getattr(config, name) for name in ARCHITECTURE}
+    if function := module_files.parse(config.backbone):
+        settings["backbone"] = f"{function[0].name}:{function[1]}"
+    return settings
 
 
 def check_architecture(folder: epath.Path, steps: Iterable[int], config: TrainConfig) -> None:
@@ -224,11 +232,12 @@ def check_architecture(folder: epath.Path, steps: Iterable[int], config: TrainCo
     Raises:
       Failure: they differ, as after an edit of ``config.json``.
     """
+    settings = _architecture(config)
     for step in steps:
         for name, saved in _saved_digests(folder / str(step)).get("architecture", {}).items():
-            if name in ARCHITECTURE and saved != getattr(config, name):
+            if name in settings and saved != settings[name]:
                 raise Failure(
-                    f"{folder.parent / CONFIG_FILE} has {name} {getattr(config, name)}, but "
+                    f"{folder.parent / CONFIG_FILE} has {name} {settings[name]}, but "
                     f"checkpoint {step} was trained with {saved}: restore the file"
                 )
 
