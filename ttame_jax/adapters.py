@@ -105,7 +105,7 @@ def from_linen(
         logits, state = module.apply(
             variables, images, capture_intermediates=wanted, mutable=["intermediates"], **kwargs
         )
-        captured = flatten_dict(state.get("intermediates", {}), sep="/")
+        captured: dict[str, Any] = flatten_dict(state.get("intermediates", {}), sep="/")
         outputs = {path.removesuffix("/__call__"): calls[-1] for path, calls in captured.items()}
         _check_names(name, features, seen)
         return logits, _chosen(name, features, outputs)
