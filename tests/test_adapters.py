@@ -130,8 +130,8 @@ def test_equinox(tmp_path, monkeypatch):
     names = example("equinox", names, tmp_path, monkeypatch, a=sizes, b=heads, c=blocks)
     backbone, model, key = names["backbone"], names["model"], jax.random.key(0)
     assert backbone.prefix_tokens == 5 and backbone.masking == "standardised"
-    images = jnp.moveaxis(IMAGES, -1, 1)
-    check(backbone, jax.vmap(lambda image: model(image, key=key, inference=True))(images))
+    logits = jax.jit(jax.vmap(lambda image: model(image, key=key, inference=True)))
+    check(backbone, logits(jnp.moveaxis(IMAGES, -1, 1)))
     with pytest.raises(ValueError, match="transformer_lrp explains only"):
         ttame_jax.load_method("transformer_lrp", backbone)
 
@@ -173,7 +173,8 @@ with pytest.MonkeyPatch.context() as patch:
     change = ("classifier_activation=None", small)
     names = test_adapters.example("keras", names, sys.argv[1], patch, a=change)
 model, backbone = names["model"], names["backbone"]
-test_adapters.check(backbone, model(test_adapters.IMAGES, training=False))
+logits = test_adapters.jax.jit(lambda x: model(x, training=False))(test_adapters.IMAGES)
+test_adapters.check(backbone, logits)
 assert backbone.num_classes == 5 and backbone.feature_shapes()[0] == (8, 8, 16)
 keras = names["keras"]
 model.layers[-1].activation = keras.activations.softmax

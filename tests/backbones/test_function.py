@@ -242,6 +242,7 @@ def constant(params, images):
 WRONG = {
     "no pair": (lambda params, images: images.mean((1, 2)), {}, "must return logits and a"),
     "no features": (returning(), {}, "must return logits and a dict of at least one feature"),
+    "list": (returning(x=lambda x: [x]), {}, "must return feature 'x' as an array, not a list"),
     "logits": (
         returning(lambda x: x.sum((0, 1, 2)), x=jnp.abs),
         {},
