@@ -1,9 +1,6 @@
 """Imports any PyTorch classifier: `ttame convert import`."""
 
 import dataclasses
-import importlib.util
-import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from ttame_jax.backbones.imported import ImportedBackbone
 from ttame_jax.errors import Failure
 from ttame_jax.files import check_output_file, read_safetensors
 from ttame_jax.preprocessing import IMAGENET, Preprocessing
+from ttame_jax.weights import module_files
 from ttame_jax.weights.backbones import TIMM
 from ttame_jax.weights.imported import SUFFIX, save_imported
 
@@ -103,12 +101,19 @@ def load_module(
     """A PyTorch module with its weights, and its preprocessing. See `import_model`."""
     if model.startswith(TIMM):
         return _from_timm(model.removeprefix(TIMM), weights, image_size)
-    path, _, function = model.rpartition(":")
-    if not path.endswith(".py"):
+    import torch
+
+    file = module_files.parse(model)
+    if file is None:
         raise ValueError(f"{model!r} is neither timm:MODEL nor FILE.py:FUNCTION")
+    path, function = file
     if weights == RANDOM:
         raise ValueError(f"--weights {RANDOM} is for timm:MODEL: {function} sets its own")
-    module = _from_file(Path(path), function)
+    module = module_files.call(path, function, {})
+    if not isinstance(module, torch.nn.Module):
+        raise ValueError(  # noqa: TRY004
+            f"{path}: {function} must return an nn.Module, not a {type(module).__name__}"
+        )
     if weights is not None:
         _load_weights(module, Path(weights), model)
     return module, IMAGENET.resized(image_size or IMAGENET.image_size)
@@ -142,39 +147,6 @@ def _load_weights(module, path: Path, model: str) -> None:
     except RuntimeError as error:
         reason = " ".join(str(error).partition("\n")[2].split())[:200]
         raise ValueError(f"{path} does not fit {model}: {reason}") from None
-
-
-def _from_file(path: Path, function: str):
-    """Runs a Python file and calls one of its functions."""
-    import torch
-
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader  # of a .py file they exist
-    file = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent.absolute()))  # as Python does for a script
-    try:
-        spec.loader.exec_module(file)
-        make = getattr(file, function, None)
-        module = make() if make else None
-    except (Exception, SystemExit) as error:  # whatever the file raises
-        lines = [
-            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)
-        ]
-        if isinstance(error, SyntaxError):
-            lines = [error.lineno]
-        where = f", line {lines[-1]}" if lines else ""
-        if not where:
-            raise
-        raise ValueError(f"{path}{where}: {type(error).__name__}: {error}") from None
-    finally:
-        sys.path.remove(str(path.parent.absolute()))
-    if make is None:
-        raise ValueError(f"{path} has no function {function}")
-    if isinstance(module, torch.nn.Module):
-        return module
-    raise ValueError(f"{path}:{function} returns a {type(module).__name__}, not an nn.Module")
 
 
 def differences(

@@ -1,5 +1,6 @@
 """T-TAME: explanation maps for frozen image classifiers in one forward pass."""
 
+from .adapters import from_equinox, from_keras, from_linen, from_nnx
 from .attention import AttentionMechanism
 from .backbones import Backbone, FunctionBackbone
 from .data import UnreadableImage, preprocess
@@ -24,6 +25,10 @@ __all__ = [
     "Preprocessing",
     "UnreadableImage",
     "explain",
+    "from_equinox",
+    "from_keras",
+    "from_linen",
+    "from_nnx",
     "heatmap",
     "list_backbones",
     "list_methods",

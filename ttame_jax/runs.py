@@ -26,6 +26,7 @@ from ttame_jax.files import absolute, check_bucket, digest
 from ttame_jax.losses import LossConfig
 from ttame_jax.methods import load_method
 from ttame_jax.weights import load_backbone
+from ttame_jax.weights.backbones import file_of
 from ttame_jax.weights.imported import is_imported
 
 CHECKPOINT_FOLDER = "checkpoints"
@@ -223,9 +224,11 @@ def digests_of(items: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
 
 
 def _architecture(config: TrainConfig) -> dict[str, Any]:
-    """The settings `ARCHITECTURE`. An imported classifier may have moved; its weights are compared."""
-    backbone = Path(config.backbone).name if is_imported(config.backbone) else config.backbone
-    return {name: getattr(config, name) for name in ARCHITECTURE} | {"backbone": backbone}
+    """The settings that define the model. Of a backbone's file only its name, since a run can move."""
+    settings = {name: getattr(config, name) for name in ARCHITECTURE}
+    if file := file_of(config.backbone):
+        settings["backbone"] = Path(file[0]).name + file[1]
+    return settings
 
 
 def check_architecture(folder: epath.Path, steps: Iterable[int], config: TrainConfig) -> None:
@@ -234,11 +237,12 @@ def check_architecture(folder: epath.Path, steps: Iterable[int], config: TrainCo
     Raises:
       Failure: they differ, as after an edit of ``config.json``.
     """
+    settings = _architecture(config)
     for step in steps:
         for name, saved in _saved_digests(folder / str(step)).get("architecture", {}).items():
-            if name in ARCHITECTURE and saved != (found := _architecture(config)[name]):
+            if name in settings and saved != settings[name]:
                 raise Failure(
-                    f"{folder.parent / CONFIG_FILE} has {name} {found}, but "
+                    f"{folder.parent / CONFIG_FILE} has {name} {settings[name]}, but "
                     f"checkpoint {step} was trained with {saved}: restore the file"
                 )
 

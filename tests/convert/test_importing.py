@@ -258,9 +258,9 @@ REFUSED = {
     "Fourier": "needs PyTorch's operator _fft_r2c.default, which is not supported here",
     "Branching": "PyTorch cannot export ",
     "features_only": "must return logits [B, num_classes], not [1, 16, 4, 4]",
-    "wrong": "returns a list, not an nn.Module",
+    "wrong": "wrong must return an nn.Module, not a list",
     "failing": "AttributeError: 'CNN' object has no attribute 'no_such_layer'",
-    "absent": "has no function absent",
+    "absent": "has no function 'absent'; it has",
 }
 
 

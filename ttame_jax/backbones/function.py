@@ -42,7 +42,8 @@ class FunctionBackbone(Backbone):
       name: what messages and results call the classifier; None is the function's name.
       preprocessing: of its input.
       feature_layers: names of the features that T-TAME reads; None is all.
-      target_layer: name of the feature that CAM methods read; None is the last one.
+      target_layer: name of the feature that CAM methods read; None is the last one. If the logits
+        are computed from a class token, it must be a feature before the last mixing of tokens.
       layout: of features with four axes; None is found from a square input.
       prefix_tokens: number of tokens before those of the patches; None is found, for fewer than
         2 H_i + 1.
@@ -256,6 +257,12 @@ def _describe(forward, params, name: str, shape: tuple[int, ...]):
             f"{' '.join(str(outputs).split())[:300]}"
         )
     logits, features = outputs
+    arrays = {"its logits": logits, **{f"feature {key!r}": features[key] for key in order}}
+    for what, value in arrays.items():
+        if not isinstance(value, jax.ShapeDtypeStruct):
+            raise ValueError(  # noqa: TRY004  as for all wrong arguments
+                f"{name} must return {what} as an array, not a {type(value).__name__}"
+            )
     if logits.ndim != 2 or logits.shape[0] != shape[0] or not logits.shape[1]:
         raise ValueError(
             f"{name} must return logits [{shape[0]}, num_classes] of images {list(shape)}, not "

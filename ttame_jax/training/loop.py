@@ -31,7 +31,6 @@ from ttame_jax.training.feed import Feed
 from ttame_jax.training.log import Log, Validation, say
 from ttame_jax.training.optimizer import OneCycle, one_cycle_sgd
 from ttame_jax.training.step import TrainState, initial_state, make_train_step
-from ttame_jax.weights.imported import is_imported
 from ttame_jax.weights.transfer import digest
 
 Validate = Callable[[TrainState], Validation]
@@ -272,11 +271,7 @@ def settle(config: TrainConfig) -> TrainConfig:
 def _check_same(before: TrainConfig, config: TrainConfig) -> None:
     free = UNRELATED
     if load_inputs(config.output):  # what is read is compared itself, and may have moved
-        free = (
-            free
-            | {"weights", "data_dir"}
-            | ({"backbone"} if is_imported(config.backbone) else set())
-        )
+        free = free | {"weights", "data_dir"}
     old, new = resolved(before), resolved(config)
     changed = [
         f"--{field.name.replace('_', '-')} was {getattr(before, field.name)}"
