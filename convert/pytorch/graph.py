@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -158,7 +159,8 @@ def _export(module, image, name: str):
         operator, overload = kept.split(".")
         table.pop(getattr(getattr(torch.ops.aten, operator), overload), None)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of PyTorch, about itself
             return torch.export.export(module, (image,)).run_decompositions(table)
     except Exception as error:  # noqa: BLE001  torch.export raises many types
         raise ValueError(f"PyTorch cannot export {name}: {_line(error)}") from None

@@ -13,10 +13,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from real_images import read_images
 from running import run as forward
 from tiny import TINY
 
 from ttame_jax.cli import main
+from ttame_jax.convert.importing import load_module
 from ttame_jax.files import read_safetensors, write_safetensors
 from ttame_jax.methods import compute_maps, load_method
 from ttame_jax.weights import abstract_backbone, load_backbone, save_backbone
@@ -317,3 +319,55 @@ def test_options_that_an_imported_classifier_lacks_are_refused(module, tmp_path)
     write_safetensors(tmp_path / "less.safetensors", tensors, metadata)
     with pytest.raises(ValueError, match=r"its graph reads fc\.weight, which does not exist"):
         load_backbone(f"{tmp_path}/less.safetensors")
+
+
+LITE0 = """
+from ttame_jax.convert.pytorch.timm import create
+from ttame_jax.convert.pytorch.torch_import import import_torchvision
+
+
+def lite0():
+    return create("tf_efficientnet_lite0")
+
+
+def squeezenet():
+    return import_torchvision().models.squeezenet1_0()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("name", "weights", "standard", "accuracy"),
+    [
+        ("lite0", "tf_efficientnet_lite0", ("0.5", "0.5"), 0.8),
+        ("squeezenet", "squeezenet1_0", None, 0.6),
+    ],
+)
+def test_real_classifiers_predict_what_they_predict_in_pytorch(
+    name, weights, standard, accuracy, shared, tmp_path
+):
+    (tmp_path / "real.py").write_text(LITE0)
+    output, model = tmp_path / "real.safetensors", f"{tmp_path}/real.py:{name}"
+    options = ["--mean", *standard[:1] * 3, "--std", *standard[1:] * 3] if standard else []
+    path = shared / "weights" / f"{weights}.safetensors"
+    words = ["--weights", str(path), "--output", str(output), *options]
+    main(["convert", "import", model, *words])
+    backbone = load_backbone(str(output))
+    reference, _ = load_module(model, str(path))
+    labels = {}
+    for part in ("choose", "report"):
+        lines = (shared / "lists" / f"sample_{part}.txt").read_text().split("\n")
+        labels |= dict(line.split() for line in lines if line)
+    images = read_images(shared, backbone.preprocessing, 893)
+    names = sorted(labels)  # as in the archive
+    right = 0
+    for start in range(0, 893, 47):  # 893 = 19 * 47
+        batch = images[start : start + 47]
+        ours = np.asarray(forward(backbone, batch)[0].argmax(-1))
+        with torch.inference_mode():
+            theirs = reference.eval()(torch.from_numpy(batch).permute(0, 3, 1, 2)).argmax(-1)
+        np.testing.assert_array_equal(ours, theirs.numpy())
+        right += sum(ours == [int(labels[name]) for name in names[start : start + 47]])
+    assert right / 893 > accuracy
+    print(f"{name}: {right} of 893")
