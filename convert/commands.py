@@ -41,6 +41,56 @@ def backbone(
     print(f"{output}: {name} from {weights}, {count:,} values, {model.num_classes} classes")
 
 
+def import_(
+    model: Annotated[str, tyro.conf.arg(metavar="MODEL"), tyro.conf.Positional],
+    *,
+    output: Path,
+    weights: str | None = None,
+    image_size: int | None = None,
+    features: tuple[str, ...] | None = None,
+    prefix_tokens: int | None = None,
+    mean: tuple[float, float, float] | None = None,
+    std: tuple[float, float, float] | None = None,
+) -> None:
+    """Import any PyTorch classifier as one file that needs no PyTorch.
+
+    The file has the computation and the weights. load_backbone(FILE) and --backbone FILE load it.
+    The result is compared with PyTorch before it is written.
+
+    $ ttame convert import timm:mixer_s16_224 --output mixer.safetensors
+
+    $ ttame convert import module.py:make_model --output mine.safetensors
+
+    Args:
+      model: timm:MODEL, or FILE.py:FUNCTION for a function without arguments that returns an
+        nn.Module. The file's code is run.
+      output: The .safetensors file to write.
+      weights: A .safetensors, .pth, .pt or .ckpt file with the model's state dict, or random for
+        timm's initialisation; by default timm's published weights, or what the function sets.
+      image_size: Height and width of the input, if they are not the model's own or 224.
+      features: Names of the modules whose outputs are the feature maps, by default those of the last
+        three resolutions or blocks.
+      prefix_tokens: Number of tokens before the patches, if it cannot be seen from their number.
+      mean: Mean of the input for each channel (RGB, in [0, 1]), if it is not the model's own or
+        ImageNet's.
+      std: Standard deviation, likewise.
+    """
+    from ttame_jax.convert.importing import import_model
+
+    lines = import_model(
+        model,
+        output,
+        weights=weights,
+        image_size=image_size,
+        mean=mean,
+        std=std,
+        features=features,
+        prefix_tokens=prefix_tokens,
+    )
+    for line in lines:
+        print(line)
+
+
 def from_reference(
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="CHECKPOINT"), tyro.conf.Positional],
     *,
@@ -126,6 +176,7 @@ def verify(
 
 _COMMANDS = {
     "backbone": backbone,
+    "import": import_,
     "from-reference": from_reference,
     "to-torch": to_torch,
     "verify": verify,

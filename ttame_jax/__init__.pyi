@@ -1,7 +1,8 @@
 """T-TAME: explanation maps for frozen image classifiers in one forward pass."""
 
+from .adapters import from_equinox, from_keras, from_linen, from_nnx
 from .attention import AttentionMechanism
-from .backbones import Backbone
+from .backbones import Backbone, FunctionBackbone
 from .data import UnreadableImage, preprocess
 from .explainer import Explainer
 from .explaining import explain
@@ -19,10 +20,15 @@ __all__ = [
     "Explainer",
     "Explanation",
     "Explanations",
+    "FunctionBackbone",
     "Method",
     "Preprocessing",
     "UnreadableImage",
     "explain",
+    "from_equinox",
+    "from_keras",
+    "from_linen",
+    "from_nnx",
     "heatmap",
     "list_backbones",
     "list_methods",

@@ -18,7 +18,7 @@ from ttame_jax.data.transforms import MAX_PIXELS
 from ttame_jax.files import in_bucket, to_json, write_atomically
 from ttame_jax.losses import LossConfig
 from ttame_jax.preprocessing import Masking
-from ttame_jax.weights.backbones import default_weights
+from ttame_jax.weights.backbones import default_weights, file_of
 
 CONFIG_FILE = "config.json"
 INPUTS = "inputs"
@@ -35,8 +35,8 @@ class Common:
     """What most runs set."""
 
     backbone: str
-    """Name of the frozen classifier, such as vgg16, resnet50, vit_b16, timm:MODEL or
-    hf:OWNER/NAME."""
+    """Name of the frozen classifier, such as vgg16, resnet50, vit_b16, timm:MODEL, hf:OWNER/NAME,
+    FILE.py:FUNCTION for a function of yours that returns one, or a file of ttame convert import."""
     weights: str | None = "torchvision"
     """Weights of the backbone: a .safetensors, .pth, .pt or .ckpt file, torchvision, timm,
     timm:MODEL, or hf for the backbone hf:OWNER/NAME."""
@@ -206,8 +206,10 @@ def _with_paths(config: TrainConfig, change: Callable[[str], str]) -> TrainConfi
     """The configuration with changed paths of its inputs."""
     weights, data_dir, listed = config.weights, config.data_dir, config.validation_list
     folder = config.dataset.removeprefix(FOLDER)
+    path, rest = file_of(config.backbone) or (None, "")
     return dataclasses.replace(
         config,
+        backbone=f"{change(path)}{rest}" if path else config.backbone,
         weights=change(weights) if weights and Path(weights).suffix else weights,
         data_dir=change(data_dir) if data_dir else data_dir,
         validation_list=type(listed)(change(os.fspath(listed))) if listed else listed,
@@ -219,7 +221,9 @@ def preset(backbone: str) -> TrainConfig:
     """The configuration of that name in ``configs``, or the defaults."""
     if backbone is tyro.MISSING:
         return TrainConfig(backbone=backbone, output=tyro.MISSING)
-    output = Path("runs") / re.sub(r"\W+", "_", backbone)
+    file = file_of(backbone)
+    name = Path(file[0]).stem + file[1] if file else backbone
+    output = Path("runs") / re.sub(r"\W+", "_", name)
     public = backbone.isidentifier() and not backbone.startswith("_")
     if public and importlib.util.find_spec(f"{PRESETS}.{backbone}"):
         return importlib.import_module(f"{PRESETS}.{backbone}").CONFIG

@@ -25,7 +25,8 @@ from ttame_jax.explainer import Explainer
 from ttame_jax.files import absolute, check_bucket, digest
 from ttame_jax.losses import LossConfig
 from ttame_jax.methods import load_method
-from ttame_jax.weights import load_backbone
+from ttame_jax.weights import load_backbone, module_files
+from ttame_jax.weights.backbones import file_of
 
 CHECKPOINT_FOLDER = "checkpoints"
 
@@ -52,14 +53,22 @@ def load_run(run_dir: str | Path, weights: str | None = None) -> Run:
 
     Args:
       run_dir: the run's ``--output`` folder.
-      weights: of the backbone, if they are no longer where the run found them.
+      weights: of the backbone, if they are no longer where the run found them. Of a backbone that is
+        a file, that file. It must be given for "FILE.py:FUNCTION", since its code is run.
 
     Raises:
       FileNotFoundError: the folder is not a run, or has no checkpoint yet.
+      Failure: the backbone is code, and is not given.
     """
     config = load_config(run_dir)
     if weights is not None:
-        config = dataclasses.replace(config, weights=weights)
+        field = "backbone" if file_of(config.backbone) else "weights"
+        config = dataclasses.replace(config, **{field: weights})
+    elif module_files.parse(config.backbone):
+        raise Failure(
+            f"the backbone of {run_dir} is code, which runs only if you name it: "
+            f"--weights {config.backbone}"
+        )
     backbone = build_backbone(config)
     attention = build_attention(config, backbone)
     return Run(config, backbone, attention, load_attention(run_dir, attention))
@@ -76,7 +85,7 @@ def load_explainer(
 
     Args:
       run_dir: the run's ``--output`` folder.
-      weights: of the backbone, if they are no longer where the run found them.
+      weights: see `load_run`.
       method: another method to explain the run's backbone with, one of
         `ttame_jax.methods.list_methods()`.
       method_config: options of the method, as for `ttame_jax.load_method`.
@@ -215,7 +224,15 @@ ARCHITECTURE = ("backbone", "backbone_config", "variant")
 def digests_of(items: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
     """The item `DIGESTS`: a digest of each other item, and the settings that define the model."""
     digests: dict[str, Any] = {name: item_digest(item) for name, item in items.items()}
-    return digests | {"architecture": {name: getattr(config, name) for name in ARCHITECTURE}}
+    return digests | {"architecture": _architecture(config)}
+
+
+def _architecture(config: TrainConfig) -> dict[str, Any]:
+    """The settings that define the model. Of a backbone's file only its name, since a run can move."""
+    settings = {name: getattr(config, name) for name in ARCHITECTURE}
+    if file := file_of(config.backbone):
+        settings["backbone"] = Path(file[0]).name + file[1]
+    return settings
 
 
 def check_architecture(folder: epath.Path, steps: Iterable[int], config: TrainConfig) -> None:
@@ -224,11 +241,12 @@ def check_architecture(folder: epath.Path, steps: Iterable[int], config: TrainCo
     Raises:
       Failure: they differ, as after an edit of ``config.json``.
     """
+    settings = _architecture(config)
     for step in steps:
         for name, saved in _saved_digests(folder / str(step)).get("architecture", {}).items():
-            if name in ARCHITECTURE and saved != getattr(config, name):
+            if name in settings and saved != settings[name]:
                 raise Failure(
-                    f"{folder.parent / CONFIG_FILE} has {name} {getattr(config, name)}, but "
+                    f"{folder.parent / CONFIG_FILE} has {name} {settings[name]}, but "
                     f"checkpoint {step} was trained with {saved}: restore the file"
                 )
 

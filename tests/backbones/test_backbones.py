@@ -111,7 +111,11 @@ def test_unusable_images_are_refused_in_one_line(name, config, shape, message):
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("vgg17", {}, "unknown backbone 'vgg17'; there are vgg1.*timm:MODEL and hf:OWNER"),
+        (
+            "vgg17",
+            {},
+            "unknown backbone 'vgg17'; there are vgg1.*timm:MODEL, hf:OWNER.* and FILE.py",
+        ),
         ("resnet18", {"features": "norm"}, "resnet18 has no option features; it has dtype, "),
         ("vgg11", {"features": "block"}, "features of vgg11 are 'pool' or 'conv', not 'block'"),
         ("vit", {"features": "pool"}, "features of vit are 'block' or 'norm', not 'pool'"),

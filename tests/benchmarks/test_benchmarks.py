@@ -5,6 +5,7 @@ import sys
 
 import common
 import explain
+import imports
 import input_pipeline
 import jax
 import jax.numpy as jnp
@@ -168,3 +169,11 @@ def test_killed_commands_end_with_the_same_files(kills):
     result = json.loads(said.stdout)
     assert result["different"] == 0, result
     assert {name: found["kills"] for name, found in result["commands"].items()} == kills
+
+
+def test_the_survey_of_imports_has_a_row_for_every_model():
+    results = [imports.survey("timm:test_vit"), imports.survey("timm:no_such_model")]
+    assert results[0]["logits"] < 1e-5 and results[0]["gradient_is_finite"]
+    page = imports.table(results)
+    assert "| timm:test_vit | 0.4 | 160 | `blocks.3` 10x10x64, " in page
+    assert "## Refused: 1" in page and "has no model 'no_such_model'" in page

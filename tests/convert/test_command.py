@@ -32,11 +32,11 @@ def test_help_names_every_command_and_needs_no_torch():
         [sys.executable, "-c", script], check=True, capture_output=True, text=True
     ).stdout
     assert "usage: ttame convert" in help_text
-    for command in ("backbone", "from-reference", "to-torch", "verify"):
+    for command in ("backbone", "import", "from-reference", "to-torch", "verify"):
         assert f"• {command} " in help_text
 
 
-@pytest.mark.parametrize("command", ["backbone", "from-reference", "to-torch", "verify"])
+@pytest.mark.parametrize("command", ["backbone", "import", "from-reference", "to-torch", "verify"])
 def test_every_argument_is_explained(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

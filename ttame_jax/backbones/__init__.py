@@ -14,6 +14,7 @@ from . import (
 )
 from .base import Architecture, Backbone
 from .family import Family
+from .function import FunctionBackbone
 
 FAMILIES: tuple[Family, ...] = (
     vgg.FAMILY,
@@ -41,4 +42,4 @@ def family_of(backbone: Backbone) -> Family:
     raise ValueError(f"{backbone.name} belongs to no family of this project")
 
 
-__all__ = ["FAMILIES", "Architecture", "Backbone", "Family", "family_of"]
+__all__ = ["FAMILIES", "Architecture", "Backbone", "Family", "FunctionBackbone", "family_of"]

@@ -67,10 +67,10 @@ class Backbone(nnx.Module):
       any_size: whether inputs may have another size than that of `preprocessing`.
     """
 
-    masking: ClassVar[Masking] = "pixel"
+    masking: Masking = "pixel"
     feature_kinds: ClassVar[tuple[str, ...]] = ()
     rise_masks: ClassVar[int] = 8000
-    any_size: ClassVar[bool] = True
+    any_size: bool = True
     prefix_tokens: int = 0
     min_size: int = 1
     feature_layers: tuple[str, ...]

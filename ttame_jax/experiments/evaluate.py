@@ -57,7 +57,8 @@ class EvaluationOptions:
     seed: int = 0
     """Seed of ROAD's noise."""
     weights: str | None = None
-    """The backbone's weights, if they have moved since the run."""
+    """The backbone's weights, if they have moved since the run. FILE.py:FUNCTION for a run on a
+    function of yours, whose code runs only if you name it."""
 
     def __post_init__(self):
         for name in ("batch_size", "max_pixels"):

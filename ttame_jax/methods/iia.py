@@ -96,13 +96,15 @@ class IIA(Method, name="iia", title="IIA"):
         """The inner integral for standardised images, with a CNN: ``[B, K, h, w]``."""
         before, after = self.backbone.split(self.layer)
         output, *rest = before(images)
-        paper = self.recipe == "paper"
-        low = output.min(axis=(1, 2), keepdims=True) if paper else jnp.zeros_like(output)
+        paper, place = self.recipe == "paper", self.backbone.feature_map
+        positions = tuple(range(1, output.ndim - 1))
+        low = output.min(axis=positions, keepdims=True) if paper else jnp.zeros_like(output)
 
         def attributions(b):
             value = low + b.astype(low.dtype) * (output - low)
-            gradients = class_gradients(after, (value, *rest), classes)  # [B, K, h, w, C]
-            weights = jax.nn.relu(output - low) * (value if paper else 1)
+            gradients = class_gradients(after, (value, *rest), classes)
+            gradients = jax.vmap(place, in_axes=1, out_axes=1)(gradients)  # [B, K, h, w, C]
+            weights = place(jax.nn.relu(output - low) * (value if paper else 1))
             return jnp.einsum("bhwc,bkhwc->bkhw", weights, gradients).astype(jnp.float32)
 
         return integrate(attributions, self.inner_points)

@@ -1,4 +1,4 @@
-"""Backbones by name, with weights from files, torchvision or timm."""
+"""Backbones by name, with weights from files, torchvision or timm, and from users' functions."""
 
 from .backbones import abstract_backbone, list_backbones, load_backbone, save_backbone
 

@@ -11,11 +11,13 @@ import numpy as np
 from flax import nnx
 
 from ttame_jax.backbones import FAMILIES, Architecture, Backbone, Family, family_of
+from ttame_jax.backbones.imported import ImportedBackbone
 from ttame_jax.convert.pytorch import checkpoints, timm, torchvision
 from ttame_jax.files import read_safetensors, write_safetensors
 from ttame_jax.preprocessing import Preprocessing
 
-from . import huggingface, timm_models, transfer
+from . import huggingface, module_files, timm_models, transfer
+from .imported import is_imported, load_imported, save_imported
 
 FORMAT = "ttame_jax"  # names our own layout in a safetensors file's metadata
 
@@ -42,7 +44,9 @@ def load_backbone(
       name: one of `list_backbones()`, or "timm:MODEL" for a model of timm's in one of our
         families. timm then provides the architecture, unless `weights` is a file that
         `save_backbone` wrote. "hf:OWNER/NAME" is an image classifier of transformers on the Hugging
-        Face hub, "hf:FOLDER" one on disk.
+        Face hub, "hf:FOLDER" one on disk. "FILE.py:FUNCTION" is what a function in a Python file
+        returns, see `FunctionBackbone`. "FILE.safetensors" is a classifier that
+        `ttame convert import` wrote, with its weights; it takes no options.
       weights: a file (``.safetensors``, ``.pth``, ``.pt`` or ``.ckpt``, in torchvision's, timm's or our own
         layout); "torchvision" (its IMAGENET1K_V1 weights); "timm" (its default weights) or
         "timm:MODEL"; "hf" (those of the "hf:" model); None for random initialisation from `seed`.
@@ -50,13 +54,18 @@ def load_backbone(
       **config: num_classes, image_size, dtype (of the computation and the feature maps, e.g.
         "bfloat16"), preprocessing; features ("pool" or "conv" for VGG, "block" or "norm" for ViT);
         for "vit" also patch_size, width, depth and num_heads. None is the default: what the
-        source of the weights says, or else the architecture's own.
+        source of the weights says, or else the architecture's own. Of "FILE.py:FUNCTION", the
+        arguments of the function.
 
     Raises:
       ValueError: unknown name or option, or weights that do not fit; the message says which.
       FileNotFoundError: weights that do not exist or cannot be downloaded.
       ImportError: weights that need PyTorch, where it is not installed.
     """
+    if is_imported(name):
+        return load_imported(name, weights, config)
+    if function := module_files.parse(name):
+        return _made(*function, weights, config)
     config = _given(name, config)
     if weights is None:
         return _build(name, _described(name, config) | config, nnx.Rngs(seed))
@@ -75,8 +84,13 @@ def load_backbone(
 def abstract_backbone(name: str, **config: Any) -> Backbone:
     """A backbone without weights: its parameters are shapes, and nothing is computed.
 
-    Arguments and errors are those of `load_backbone`.
+    Arguments and errors are those of `load_backbone`. One that a user's function returns has its
+    own weights.
     """
+    if is_imported(name):
+        return transfer.abstract(lambda rngs: load_imported(name, None, config))
+    if function := module_files.parse(name):
+        return _made(*function, None, config)
     config = _given(name, config)
     config = _described(name, config) | config
     return transfer.abstract(lambda rngs: _build(name, config, rngs))
@@ -87,6 +101,8 @@ def save_backbone(backbone: Backbone, path: str | Path) -> None:
 
     The tensors are the parameters by dotted path. The metadata holds the name and the configuration.
     """
+    if isinstance(backbone, ImportedBackbone):
+        return save_imported(backbone, Path(path))
     metadata = {
         "format": FORMAT,
         "name": backbone.name,
@@ -94,6 +110,18 @@ def save_backbone(backbone: Backbone, path: str | Path) -> None:
     }
     tensors = {key: np.asarray(value) for key, value in transfer.parameters(backbone).items()}
     write_safetensors(Path(path), tensors, metadata)
+
+
+def _made(
+    path: Path, function: str, weights: str | Path | None, config: Mapping[str, Any]
+) -> Backbone:
+    """What a user's function returns."""
+    if weights is not None:
+        raise ValueError(f"{path}:{function} loads its own weights: give none, not {weights}")
+    options = {key: value for key, value in config.items() if value is not None}
+    if np.dtype(options.get("dtype", np.float32)) == np.float32:  # the default
+        options.pop("dtype", None)
+    return module_files.load(path, function, options)
 
 
 def _config(backbone: Backbone) -> dict[str, Any]:
@@ -116,7 +144,8 @@ def _given(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         similar = ", ".join(difflib.get_close_matches(name, _FAMILIES, n=6, cutoff=0))
         raise ValueError(
             f"unknown backbone {name!r}; there are {similar} and others "
-            "(ttame_jax.list_backbones()), timm:MODEL and hf:OWNER/NAME"
+            "(ttame_jax.list_backbones()), timm:MODEL, hf:OWNER/NAME, FILE.py:FUNCTION and "
+            "FILE.safetensors of ttame convert import"
         )
     return {key: value for key, value in config.items() if value is not None}
 
@@ -126,8 +155,24 @@ def _is_foreign(name: str) -> bool:
     return name.startswith((TIMM, HUGGINGFACE))
 
 
-def default_weights(name: str) -> str:
-    """Where the published weights of a backbone come from: "torchvision", "timm" or "hf"."""
+def file_of(name: str) -> tuple[str, str] | None:
+    """The path that the name of a backbone begins with, and the rest of the name.
+
+    None for a backbone that is no file of its own.
+    """
+    if is_imported(name):
+        return name, ""
+    function = module_files.parse(name)
+    return (str(function[0]), f":{function[1]}") if function else None
+
+
+def default_weights(name: str) -> str | None:
+    """Where the published weights of a backbone come from: "torchvision", "timm" or "hf".
+
+    None for a backbone that is a file, which has its own.
+    """
+    if file_of(name):
+        return None
     if _is_foreign(name):
         return name.partition(":")[0]
     libraries = [one for one in ("torchvision", "timm") if name in published(one)]

@@ -11,6 +11,7 @@ from flax import nnx
 
 from ttame_jax import files
 from ttame_jax.backbones import Backbone, family_of
+from ttame_jax.backbones.imported import ImportedBackbone
 from ttame_jax.backbones.tensors import SAME, Entry, Table, Transform
 from ttame_jax.errors import Damaged
 from ttame_jax.files import Tensors
@@ -28,9 +29,16 @@ def parameters(module: nnx.Module) -> dict[str, jax.Array | jax.ShapeDtypeStruct
 
 
 def digest(module: nnx.Module) -> str:
-    """A digest of a module's parameters and statistics, with their paths."""
-    values = sorted(parameters(module).items())
-    return files.digest(part for path, value in values for part in (path, np.asarray(value)))
+    """A digest of a module's parameters and statistics with their paths, and of its graph if it was
+    imported."""
+    parts = [
+        part
+        for path, value in sorted(parameters(module).items())
+        for part in (path, np.asarray(value))
+    ]
+    if isinstance(module, ImportedBackbone):
+        parts += [module.description.graph, *module.feature_layers]
+    return files.digest(parts)
 
 
 def tables(backbone: Backbone) -> dict[str, Table]:
