@@ -144,8 +144,8 @@ def _given(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         similar = ", ".join(difflib.get_close_matches(name, _FAMILIES, n=6, cutoff=0))
         raise ValueError(
             f"unknown backbone {name!r}; there are {similar} and others "
-            "(ttame_jax.list_backbones()), timm:MODEL, hf:OWNER/NAME, FILE.py:FUNCTION and "
-            "FILE.safetensors of ttame convert import"
+            "(ttame_jax.list_backbones()), timm:MODEL, hf:OWNER/NAME, FILE.safetensors "
+            "(see ttame convert import) and FILE.py:FUNCTION"
         )
     return {key: value for key, value in config.items() if value is not None}
 
