@@ -61,9 +61,10 @@ def load_run(run_dir: str | Path, weights: str | None = None) -> Run:
       Failure: the backbone is code, and is not given.
     """
     config = load_config(run_dir)
-    if weights is not None:
-        field = "backbone" if file_of(config.backbone) else "weights"
-        config = dataclasses.replace(config, **{field: weights})
+    if weights is not None and file_of(config.backbone):
+        config = dataclasses.replace(config, backbone=weights)
+    elif weights is not None:
+        config = dataclasses.replace(config, weights=weights)
     elif module_files.parse(config.backbone):
         raise Failure(
             f"the backbone of {run_dir} is code, which runs only if you name it: "
