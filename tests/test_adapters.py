@@ -248,7 +248,9 @@ def test_a_run_trains_on_a_function_of_a_file(file, pictures, tmp_path, monkeypa
     main([*words, "--output", "runs/mine"])
     config = json.loads((tmp_path / "runs/mine/config.json").read_text())
     assert config["backbone"] == "../../my_model.py:make" and config["weights"] is None
-    with pytest.raises(Failure, match="is code, which runs only if you name it: --weights my_model"):
+    with pytest.raises(
+        Failure, match="is code, which runs only if you name it: --weights my_model"
+    ):
         ttame_jax.load_explainer("runs/mine")
     first = ttame_jax.load_explainer("runs/mine", "my_model.py:make")(IMAGES, "all").maps
     assert first.shape == (2, 5, 8, 8)

@@ -114,6 +114,8 @@ CASES += [
     ("amax.default", (IMAGE, [2], True)),
     ("cumsum.default", (TOKENS, 1)),
     ("linalg_vector_norm.default", (TOKENS, 2, [-1], True)),
+    ("linalg_vector_norm.default", (IMAGE, 2, [1, 2], True)),
+    ("linalg_vector_norm.default", (IMAGE, 1, [2, 3])),
     ("permute.default", (IMAGE, [0, 2, 3, 1])),
     ("permute.default", (IMAGE, [0, 3, 1, 2])),
     ("permute.default", (IMAGE, [2, 0, -1, 1])),
@@ -201,3 +203,8 @@ def test_a_graph_with_an_unknown_operator_is_refused_by_its_name():
     text = '{"nodes": [["%x", "evil.default", [], {}]], "logits": "%x", "places": {}}'
     with pytest.raises(ValueError, match=r"does not know: evil\.default"):
         decode(text)
+
+
+def test_the_gradient_of_a_norm_is_zero_at_zero():
+    gradient = jax.grad(lambda x: aten.apply("linalg_vector_norm.default", [x, 2, [1]], {}).sum())
+    np.testing.assert_array_equal(gradient(jnp.zeros((2, 3))), jnp.zeros((2, 3)))

@@ -502,7 +502,11 @@ def _variance(x, axes, keepdim=False, *, correction=1):
 
 
 def _vector_norm(x, ord=2, dim=None, keepdim=False, *, dtype=None):
-    return jnp.linalg.norm(x, ord, _axes(dim, x.ndim)[0], keepdims=keepdim)
+    axes = _axes(dim, x.ndim)
+    if ord == 2:  # the gradient at zero is zero, as in PyTorch
+        squares = jnp.square(x).sum(axes, keepdims=keepdim)
+        return jnp.sqrt(jnp.where(squares > 0, squares, 1)) * (squares > 0)
+    return jnp.linalg.vector_norm(x, axis=axes, keepdims=keepdim, ord=ord)
 
 
 _POINTWISE: dict[str, Operator] = {
