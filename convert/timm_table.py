@@ -6,12 +6,15 @@ The tensors of every model are compared by name and shape. Models of up to `--li
 parameters are also run in both libraries, with random weights.
 """
 
+import json
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 from ttame_jax.backbones import FAMILIES
 from ttame_jax.files import write_atomically
@@ -43,38 +46,63 @@ CLASSES = 1000
 """Number of classes of a model that has no classifier."""
 
 
-def main(output: Path = Path("docs/timm.md"), limit: float = 30) -> None:
-    """Try timm's models and write the table.
+def main(output: Path = Path("docs/timm.md"), limit: float = 30, done: Path | None = None) -> None:
+    """Try timm's models, print a line of JSON for each, and write the table.
 
     Args:
       output: The file to write.
       limit: Largest size of the models to run, in million parameters.
+      done: A file of lines that an earlier call printed. Its models are not tried again.
     """
     import_torchvision()
     import timm
 
     files = [file for family in FAMILIES if family.timm for file in family.timm.files]
     names = sorted({name for file in files for name in timm.list_models(module=file)})
-    supported, refused = [], {}
-    for name in tqdm(names):
-        has_classifier = bool(create(name, device="meta").num_classes)
-        try:
-            config = describe(name, None if has_classifier else CLASSES)
-        except UnsupportedModel as error:
-            refused.setdefault("it " + ", it ".join(error.reasons), []).append(name)
-            continue
-        millions, difference = _try(name, config, limit)
-        size, mark = config["preprocessing"]["image_size"], "" if has_classifier else "*"
-        supported.append(f"| {name}{mark} | {millions:.1f} | {size} | {difference} |")
+    lines = done.read_text().splitlines() if done else []
+    known = {result["model"]: result for result in map(json.loads, lines)}
+    for name in names:
+        if name not in known:
+            known[name] = survey(name, limit)
+            jax.clear_caches()
+        print(json.dumps(known[name]), flush=True)
     text = HEADER.format(
         version=timm.__version__, files=", ".join(files), limit=limit, classes=CLASSES
     )
-    text += tables(supported, refused)
-    write_atomically(output, text)
+    write_atomically(output, text + tables([known[name] for name in names]))
 
 
-def tables(supported: list[str], refused: dict[str, list[str]]) -> str:
+def survey(name: str, limit: float) -> dict[str, Any]:
+    """What becomes of a model."""
+    has_classifier = bool(create(name, device="meta").num_classes)
+    try:
+        config = describe(name, None if has_classifier else CLASSES)
+    except UnsupportedModel as error:
+        return {"model": name, "refusal": "it " + ", it ".join(error.reasons)}
+    millions, difference = _try(name, config, limit)
+    return {
+        "model": name,
+        "has_classifier": has_classifier,
+        "million_parameters": millions,
+        "image_size": config["preprocessing"]["image_size"],
+        "difference": difference,
+    }
+
+
+def tables(results: Iterable[Mapping[str, Any]]) -> str:
     """A table of the supported models, and the names of the others by reason."""
+    supported, refused = [], {}
+    for result in results:
+        name = result["model"]
+        if "refusal" in result:
+            refused.setdefault(result["refusal"], []).append(name)
+            continue
+        mark = "" if result["has_classifier"] else "*"
+        difference = "" if result["difference"] is None else f"{result['difference']:.1e}"
+        supported.append(
+            f"| {name}{mark} | {result['million_parameters']:.1f} | {result['image_size']} | "
+            f"{difference} |"
+        )
     count = sum(map(len, refused.values()))
     lines = [
         f"\n## Supported: {len(supported)}\n",
@@ -89,18 +117,18 @@ def tables(supported: list[str], refused: dict[str, list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _try(name: str, config: dict, limit: float) -> tuple[float, str]:
+def _try(name: str, config: dict, limit: float) -> tuple[float, float | None]:
     """Million parameters of a model, and its difference from timm's if it is run."""
     backbone = abstract_backbone(f"timm:{name}", **config)
     count = sum(math.prod(value.shape) for value in parameters(backbone).values()) / 1e6
     if count > limit:
-        return count, ""
+        return count, None
     state = numpy_state(randomise(create(name, config["num_classes"])).state_dict())
     fill(backbone, to_flax(backbone, state))
     back = to_torch(backbone, "timm")
     if any(not np.array_equal(back[key], value) for key, value in state.items()):
         raise ValueError(f"{name} changes on the way to Flax and back")
-    return count, f"{max(differences(backbone, None, 'timm', 1).values()):.1e}"
+    return count, float(max(differences(backbone, None, "timm", 1).values()))
 
 
 def randomise(module, seed: int = 0):
