@@ -187,6 +187,7 @@ with pytest.raises(ValueError, match="no submodule 'block_5_ad'; similar names a
 """
 
 
+@pytest.mark.slow
 def test_keras(tmp_path):
     """In a process of its own, since Keras chooses its backend when it is imported."""
     pytest.importorskip("keras")

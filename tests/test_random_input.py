@@ -181,6 +181,7 @@ def leaves(folder):
 
 @SLOW
 @given(st.integers(min_value=0), damages())
+@pytest.mark.slow
 def test_damaged_checkpoints_are_refused_or_whole(tmp_path_factory, run, intact, number, damage):
     folder = tmp_path_factory.getbasetemp() / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)

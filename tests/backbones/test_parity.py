@@ -43,6 +43,7 @@ def vgg_nodes(model, kind):
 RESNET_NODES = ["layer2", "layer3", "layer4"]
 
 
+@pytest.mark.slow
 def test_vgg16_equals_torchvision(tmp_path):
     model = randomise(create("vgg16", "torchvision"))
     backbone = carry(model, tmp_path / "w.safetensors", "vgg16")

@@ -171,6 +171,7 @@ def test_killed_commands_end_with_the_same_files(kills):
     assert {name: found["kills"] for name, found in result["commands"].items()} == kills
 
 
+@pytest.mark.slow
 def test_the_survey_of_imports_has_a_row_for_every_model():
     results = [imports.survey("timm:test_vit"), imports.survey("timm:no_such_model")]
     assert results[0]["logits"] < 1e-5 and results[0]["gradient_is_finite"]

@@ -44,6 +44,7 @@ def test_a_method_gives_the_figures_that_evaluate_gives(finished, run, tmp_path)
         assert alone[measure] == compared[measure]
 
 
+@pytest.mark.slow
 def test_quick_leaves_out_what_needs_many_forward_passes(run, tmp_path, capsys):
     words = ["--methods", "gradcam,rise", "--pictures", "0", "--measures", "ad", "--limit", "8"]
     main(

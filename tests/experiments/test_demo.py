@@ -1,11 +1,14 @@
 import dataclasses
 
+import pytest
+
 from ttame_jax.config import preset
 from ttame_jax.data import load_source
 from ttame_jax.experiments import demo
 from ttame_jax.weights import load_backbone, save_backbone
 
 
+@pytest.mark.slow
 def test_the_demo_writes_its_page_and_pictures(tmp_path, monkeypatch, capsys):
     """With few images, an untrained classifier and one step of training: the page, not the
     figures."""

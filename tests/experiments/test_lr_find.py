@@ -153,6 +153,7 @@ def test_sigterm_stops_the_search_and_the_same_command_resumes_it(
     assert again == once
 
 
+@pytest.mark.slow
 def test_numbers_of_epochs_are_cycles_of_their_own(pictures, tmp_path):
     """From the command line; each has its own folder and counts as it is at its end."""
     words = ["--backbone", "vit", "--weights", "None", "--dataset", f"folder:{pictures}"]

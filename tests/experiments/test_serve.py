@@ -239,9 +239,8 @@ def test_the_page_says_nothing_to_others(live, tmp_path, monkeypatch):
 
 
 @needs_gradio
-@pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_command_and_removes_its_files(run, tmp_path, number):
     # A shell's background jobs ignore SIGINT, and so would the command.
     program = (

@@ -40,6 +40,7 @@ def test_every_image_has_one_row(rows, source):
     assert all(np.isfinite(values).all() for values in rows.values())
 
 
+@pytest.mark.slow
 def test_neither_devices_nor_batches_change_the_result(rows, method, source, monkeypatch):
     def one_device():
         return Mesh(np.array(jax.devices()[:1]), ("data",))

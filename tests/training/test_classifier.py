@@ -14,6 +14,7 @@ from ttame_jax.training.classifier import accuracy, train_classifier
 from ttame_jax.weights import load_backbone
 
 
+@pytest.mark.slow
 def test_a_classifier_learns_digits():
     """A few pictures, learnt by heart; 95 % on unseen ones takes `make demo`."""
     backbone = load_backbone("vit", **TINY | {"num_classes": 10})

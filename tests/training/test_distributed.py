@@ -89,6 +89,7 @@ def start_two(launcher, dataset, output):
     return [launcher.start([*command, *flags], devices=2) for flags in fellows(2)]
 
 
+@pytest.mark.slow
 def test_synchronised_runs_on_1_and_8_devices_are_the_same(whole, dataset, tmp_path, launcher):
     output = tmp_path / "run"
     launcher.finish(launcher.start(train_command(dataset, output, **FIELDS), devices=1))
