@@ -356,26 +356,47 @@ def _features(
     info = getattr(module, "feature_info", None) or ()  # timm's
     listed = [entry["module"] for entry in info if isinstance(entry, dict)]
     listed = [path for path in listed if path in places]
-    last = {sides[path]: path for path in listed}  # of each resolution
-    if len(last) < 3:
-        last = {}
-        for path in sorted(places, key=lambda path: -path.count(".")):
-            last[sides[path]] = path  # an outer module takes the place of an inner one
-    if len(last) >= 3:
-        return tuple(
-            sorted(sorted(last.values(), key=list(places).index)[-3:], key=list(places).index)
-        )
-    blocks = listed if len(listed) >= 3 else _blocks(module, places)
-    return tuple(blocks[-3:] or [last[min(last)]])
+    if len(listed) >= 3:
+        return _resolutions(listed, sides) or tuple(listed[-3:])
+    ends, smallest = [], max(sides.values())
+    for path, side in sides.items():
+        # Maps of attention may be larger again. The first layers of a block that lowers the
+        # resolution belong to that block.
+        if side <= smallest and not _inside_lower(module, path, sides):
+            ends.append(path)
+            smallest = side
+    outer = {places[path].value: path for path in sorted(ends, key=len, reverse=True)}
+    ends = [outer[places[path].value] for path in ends]
+    return _resolutions(ends, sides) or tuple(_blocks(module, sides)[-3:] or ends[-1:])
 
 
-def _blocks(module, places: Mapping[str, Place]) -> list[str]:
-    """The longest sequence of modules that return feature maps of one shape."""
+def _resolutions(paths: Sequence[str], sides: Mapping[str, int]) -> tuple[str, ...]:
+    """The last of the paths at each of the three lowest resolutions; empty if there are fewer."""
+    last = {sides[path]: path for path in paths}
+    lowest = sorted(last, reverse=True)[-3:]
+    return tuple(last[side] for side in lowest) if len(lowest) == 3 else ()
+
+
+def _inside_lower(module, path: str, sides: Mapping[str, int]) -> bool:
+    """Whether a module is part of another one, no plain sequence, that returns fewer positions."""
+    from torch import nn
+
+    outer = path
+    while outer := outer.rpartition(".")[0]:
+        plain = type(module.get_submodule(outer)) is nn.Sequential
+        if not plain and sides.get(outer, sides[path]) < sides[path]:
+            return True
+    return False
+
+
+def _blocks(module, sides: Mapping[str, int]) -> list[str]:
+    """The longest sequence of modules that return feature maps of the lowest resolution."""
+    lowest = {path for path, side in sides.items() if side == min(sides.values())}
     sequences = [
         [
             path
             for child, _ in parent.named_children()
-            if (path := f"{root}.{child}".strip(".")) in places
+            if (path := f"{root}.{child}".strip(".")) in lowest
         ]
         for root, parent in module.named_modules()
     ]
@@ -435,5 +456,5 @@ def _class_weights(graph: Graph, tensors: Tensors, place: Place, feature, logits
         return None
     ours = kernel.reshape(len(kernel), -1) @ average + (0 if bias is None else tensors[bias.name])
     theirs = logits.numpy()[0]
-    close = np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
+    close = np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
     return weight.name if close else None
