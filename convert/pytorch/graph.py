@@ -96,7 +96,7 @@ def read(
             f"{name} has no spatial features: no module on the way to its logits returns "
             "[B, C, H, W], [B, H, W, C] or square [B, tokens, C]"
         )
-    layers = _features(module, graph.places, outputs, features, name)
+    layers = _features(module, graph, outputs, features, name)
     prefix = {p.prefix_tokens for p in map(graph.places.get, layers) if p and p.layout == "tokens"}
     if len(prefix) > 1:
         raise ValueError(
@@ -337,12 +337,13 @@ def _side(place: Place, shape: Sequence[int]) -> int:
 
 def _features(
     module,
-    places: Mapping[str, Place],
+    graph: Graph,
     outputs: Mapping[str, Any],
     chosen: Sequence[str] | None,
     name: str,
 ) -> tuple[str, ...]:
     """The modules whose outputs are the feature maps."""
+    places = graph.places
     for path in chosen or ():
         if path not in places:
             near = difflib.get_close_matches(path, places, n=6, cutoff=0)
@@ -358,16 +359,27 @@ def _features(
     listed = [path for path in listed if path in places]
     if len(listed) >= 3:
         return _resolutions(listed, sides) or tuple(listed[-3:])
-    ends, smallest = [], max(sides.values())
-    for path, side in sides.items():
-        # Maps of attention may be larger again. The first layers of a block that lowers the
-        # resolution belong to that block.
-        if side <= smallest and not _inside_lower(module, path, sides):
-            ends.append(path)
-            smallest = side
+    trunk = _trunk(graph)
+    trunk = [path for path, place in places.items() if place.value in trunk] or list(places)
+    # The first layers of a block that lowers the resolution belong to that block.
+    ends = [path for path in trunk if not _inside_lower(module, path, sides)] or trunk
     outer = {places[path].value: path for path in sorted(ends, key=len, reverse=True)}
     ends = [outer[places[path].value] for path in ends]
-    return _resolutions(ends, sides) or tuple(_blocks(module, sides)[-3:] or ends[-1:])
+    return _resolutions(ends, sides) or tuple(_blocks(module, trunk, sides)[-3:] or ends[-1:])
+
+
+def _trunk(graph: Graph) -> set[str]:
+    """The values that everything passes through on its way from the image to the logits.
+
+    Branches, such as those of residual blocks and maps of attention, are none.
+    """
+    last = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
+    trunk, read_until = set(), last[IMAGE]
+    for i, node in enumerate(graph.nodes):
+        if read_until <= i:
+            trunk.add(node.name)
+        read_until = max(read_until, last.get(node.name, i))
+    return trunk
 
 
 def _resolutions(paths: Sequence[str], sides: Mapping[str, int]) -> tuple[str, ...]:
@@ -389,9 +401,9 @@ def _inside_lower(module, path: str, sides: Mapping[str, int]) -> bool:
     return False
 
 
-def _blocks(module, sides: Mapping[str, int]) -> list[str]:
-    """The longest sequence of modules that return feature maps of the lowest resolution."""
-    lowest = {path for path, side in sides.items() if side == min(sides.values())}
+def _blocks(module, paths: Sequence[str], sides: Mapping[str, int]) -> list[str]:
+    """The longest sequence of modules among `paths` of the last one's resolution."""
+    lowest = {path for path in paths if sides[path] == sides[paths[-1]]}
     sequences = [
         [
             path
