@@ -143,7 +143,7 @@ def randomise(module, seed: int = 0):
             continue  # indices, which are no parameters
         elif key.endswith("running_var") or (tensor.ndim == 1 and key.endswith("weight")):
             tensor.uniform_(0.5, 1.5, generator=generator)
-        elif tensor.ndim == 1 or "token" in key or "pos_embed" in key:
+        elif tensor.ndim <= 1 or "token" in key or "pos_embed" in key:
             tensor.normal_(0, 0.2, generator=generator)
         else:
             # Gates (squeeze-and-excitation) multiply rounding errors by the size of the features.

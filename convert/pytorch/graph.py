@@ -96,7 +96,7 @@ def read(
             f"{name} has no spatial features: no module on the way to its logits returns "
             "[B, C, H, W], [B, H, W, C] or square [B, tokens, C]"
         )
-    layers = _features(module, graph.places, outputs, features, name)
+    layers = _features(module, graph, outputs, features, name)
     prefix = {p.prefix_tokens for p in map(graph.places.get, layers) if p and p.layout == "tokens"}
     if len(prefix) > 1:
         raise ValueError(
@@ -337,12 +337,13 @@ def _side(place: Place, shape: Sequence[int]) -> int:
 
 def _features(
     module,
-    places: Mapping[str, Place],
+    graph: Graph,
     outputs: Mapping[str, Any],
     chosen: Sequence[str] | None,
     name: str,
 ) -> tuple[str, ...]:
     """The modules whose outputs are the feature maps."""
+    places = graph.places
     for path in chosen or ():
         if path not in places:
             near = difflib.get_close_matches(path, places, n=6, cutoff=0)
@@ -356,26 +357,58 @@ def _features(
     info = getattr(module, "feature_info", None) or ()  # timm's
     listed = [entry["module"] for entry in info if isinstance(entry, dict)]
     listed = [path for path in listed if path in places]
-    last = {sides[path]: path for path in listed}  # of each resolution
-    if len(last) < 3:
-        last = {}
-        for path in sorted(places, key=lambda path: -path.count(".")):
-            last[sides[path]] = path  # an outer module takes the place of an inner one
-    if len(last) >= 3:
-        return tuple(
-            sorted(sorted(last.values(), key=list(places).index)[-3:], key=list(places).index)
-        )
-    blocks = listed if len(listed) >= 3 else _blocks(module, places)
-    return tuple(blocks[-3:] or [last[min(last)]])
+    if len(listed) >= 3:
+        return _resolutions(listed, sides) or tuple(listed[-3:])
+    trunk = _trunk(graph)
+    trunk = [path for path, place in places.items() if place.value in trunk] or list(places)
+    # The first layers of a block that lowers the resolution belong to that block.
+    ends = [path for path in trunk if not _inside_lower(module, path, sides)] or trunk
+    outer = {places[path].value: path for path in sorted(ends, key=len, reverse=True)}
+    ends = [outer[places[path].value] for path in ends]
+    return _resolutions(ends, sides) or tuple(_blocks(module, trunk, sides)[-3:] or ends[-1:])
 
 
-def _blocks(module, places: Mapping[str, Place]) -> list[str]:
-    """The longest sequence of modules that return feature maps of one shape."""
+def _trunk(graph: Graph) -> set[str]:
+    """The values that everything passes through on its way from the image to the logits.
+
+    Branches, such as those of residual blocks and maps of attention, are none.
+    """
+    last = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
+    trunk, read_until = set(), last[IMAGE]
+    for i, node in enumerate(graph.nodes):
+        if read_until <= i:
+            trunk.add(node.name)
+        read_until = max(read_until, last.get(node.name, i))
+    return trunk
+
+
+def _resolutions(paths: Sequence[str], sides: Mapping[str, int]) -> tuple[str, ...]:
+    """The last of the paths at each of the three lowest resolutions; empty if there are fewer."""
+    last = {sides[path]: path for path in paths}
+    lowest = sorted(last, reverse=True)[-3:]
+    return tuple(last[side] for side in lowest) if len(lowest) == 3 else ()
+
+
+def _inside_lower(module, path: str, sides: Mapping[str, int]) -> bool:
+    """Whether a module is part of another one, no plain sequence, that returns fewer positions."""
+    from torch import nn
+
+    outer = path
+    while outer := outer.rpartition(".")[0]:
+        plain = type(module.get_submodule(outer)) is nn.Sequential
+        if not plain and sides.get(outer, sides[path]) < sides[path]:
+            return True
+    return False
+
+
+def _blocks(module, paths: Sequence[str], sides: Mapping[str, int]) -> list[str]:
+    """The longest sequence of modules among `paths` of the last one's resolution."""
+    lowest = {path for path in paths if sides[path] == sides[paths[-1]]}
     sequences = [
         [
             path
             for child, _ in parent.named_children()
-            if (path := f"{root}.{child}".strip(".")) in places
+            if (path := f"{root}.{child}".strip(".")) in lowest
         ]
         for root, parent in module.named_modules()
     ]
@@ -435,5 +468,5 @@ def _class_weights(graph: Graph, tensors: Tensors, place: Place, feature, logits
         return None
     ours = kernel.reshape(len(kernel), -1) @ average + (0 if bias is None else tensors[bias.name])
     theirs = logits.numpy()[0]
-    close = np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
+    close = np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
     return weight.name if close else None
