@@ -147,9 +147,11 @@ def test_logits_and_gradients_are_pytorchs(name, module):
 
 
 @pytest.mark.parametrize("method", ["gradcam", "ablationcam"])
-def test_methods_explain_an_imported_classifier_as_the_ported_one(method, module, tmp_path):
+def test_methods_explain_an_imported_classifier_as_the_ported_one(
+    method, module, tmp_path, monkeypatch
+):
     torch.save(made(module, "vit").state_dict(), tmp_path / "vit.pth")
-    os.environ.setdefault("TTAME_CACHE", str(tmp_path))
+    monkeypatch.setenv("TTAME_CACHE", str(tmp_path))
     ported = load_backbone("vit", tmp_path / "vit.pth", **TINY)
     backbone = load_backbone(str(imported(module, "vit")))
     assert backbone.target_layer == ported.target_layer == "blocks.2.norm1"

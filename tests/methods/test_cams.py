@@ -43,7 +43,8 @@ def squeezenet(shared):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("gradcam", "gradcam++"))) for n in CAMS]
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("gradcam", "gradcam++"))) for n in CAMS],
 )
 def test_methods_agree_with_the_package_on_real_images(name, squeezenet, shared):
     several = "gradcam" in name  # one forward pass
