@@ -369,13 +369,13 @@ def _features(
 
 
 def _computed(path: str, places: Mapping[str, Place], outputs: Mapping[str, Any]) -> str | None:
-    """The module itself, or the last one with the same output if it is an identity."""
+    """The module itself, or the outermost one with the same output if it is an identity."""
     import torch
 
     if path in places or path not in outputs:
         return path if path in places else None
     equal = [one for one in places if torch.equal(outputs[one], outputs[path])]
-    return equal[-1] if equal else None
+    return min(equal, key=len, default=None)
 
 
 def _trunk(graph: Graph) -> set[str]:
