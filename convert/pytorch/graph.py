@@ -356,7 +356,7 @@ def _features(
     sides = {path: _side(place, outputs[path].shape) for path, place in places.items()}
     info = getattr(module, "feature_info", None) or ()  # timm's
     listed = [entry["module"] for entry in info if isinstance(entry, dict)]
-    listed = [path for path in listed if path in places]
+    listed = [same for path in listed if (same := _computed(path, places, outputs))]
     if len(listed) >= 3:
         return _resolutions(listed, sides) or tuple(listed[-3:])
     trunk = _trunk(graph)
@@ -366,6 +366,16 @@ def _features(
     outer = {places[path].value: path for path in sorted(ends, key=len, reverse=True)}
     ends = [outer[places[path].value] for path in ends]
     return _resolutions(ends, sides) or tuple(_blocks(module, trunk, sides)[-3:] or ends[-1:])
+
+
+def _computed(path: str, places: Mapping[str, Place], outputs: Mapping[str, Any]) -> str | None:
+    """The module itself, or the outermost one with the same output if it is an identity."""
+    import torch
+
+    if path in places or path not in outputs:
+        return path if path in places else None
+    equal = [one for one in places if torch.equal(outputs[one], outputs[path])]
+    return min(equal, key=len, default=None)
 
 
 def _trunk(graph: Graph) -> set[str]:
