@@ -51,6 +51,7 @@ def import_(
     prefix_tokens: int | None = None,
     mean: tuple[float, float, float] | None = None,
     std: tuple[float, float, float] | None = None,
+    class_names: Path | None = None,
 ) -> None:
     """Import any PyTorch classifier as one file that needs no PyTorch.
 
@@ -74,8 +75,10 @@ def import_(
       mean: Mean of the input for each channel (RGB, in [0, 1]), if it is not the model's own or
         ImageNet's.
       std: Standard deviation, likewise.
+      class_names: A file with one class name per line; it becomes part of the imported classifier.
     """
     from ttame_jax.convert.importing import import_model
+    from ttame_jax.labels import read_names
 
     lines = import_model(
         model,
@@ -86,6 +89,7 @@ def import_(
         std=std,
         features=features,
         prefix_tokens=prefix_tokens,
+        class_names=None if class_names is None else read_names(class_names),
     )
     for line in lines:
         print(line)

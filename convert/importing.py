@@ -38,6 +38,7 @@ def import_model(
     std: tuple[float, float, float] | None = None,
     features: Sequence[str] | None = None,
     prefix_tokens: int | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> list[str]:
     """Imports a classifier, compares it with PyTorch and writes it.
 
@@ -52,6 +53,7 @@ def import_model(
       std: likewise.
       features: see `graph.read`.
       prefix_tokens: see `graph.read`.
+      class_names: one for each class.
 
     Returns:
       Lines about what was written.
@@ -71,6 +73,8 @@ def import_model(
         preprocessing, mean=mean or preprocessing.mean, std=std or preprocessing.std
     )
     description, tensors = read(module, model, preprocessing, features, prefix_tokens)
+    names = None if class_names is None else tuple(class_names)
+    description = dataclasses.replace(description, class_names=names)
     backbone = ImportedBackbone(str(output), description, tensors)
     found = differences(backbone, module)
     worst = max(found, key=lambda what: np.nan_to_num(found[what], nan=np.inf))

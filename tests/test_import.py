@@ -28,10 +28,11 @@ finally:
 
 CORE = """
 import sys
+from ttame_jax.errors import EXTRAS
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"grain", "tensorflow_datasets", "array_record", "tensorboardX"}:
+        if name.partition(".")[0] in EXTRAS:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())

@@ -39,7 +39,8 @@ def test_the_wheel_holds_one_package_with_everything_in_it(installed):
         *(Path("ttame_jax") / path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.py")),
     ]
     assert all((installed / path).is_file() for path in sources)
-    assert (package / "py.typed").is_file() and (package / "experiments" / "demo.html").is_file()
+    for data in ("py.typed", "experiments/demo.html", "fonts/DejaVuSans.ttf", "imagenet.txt"):
+        assert (package / data).is_file()
 
 
 def test_a_users_own_convert_and_configs_break_nothing(installed, tmp_path):

@@ -16,6 +16,8 @@ EXTRAS = {
     "grain": "train",
     "tensorflow_datasets": "train",
     "tensorboardX": "train",
+    "matplotlib": "plots",
+    "huggingface_hub": "hub",
     "gradio": "serve",
     "onnx": "onnx",
     "jinja2": "demo",

@@ -13,7 +13,7 @@ from ttame_jax.backbones import Backbone
 from ttame_jax.data.transforms import MAX_PIXELS, open_picture
 from ttame_jax.data.views import View, ViewName, crop_view, tiles, whole_view
 from ttame_jax.explanation import Explanation, merge_tiles
-from ttame_jax.labels import check_names, default_names, find_class, label
+from ttame_jax.labels import check_names, find_class, label
 from ttame_jax.methods import Explanations, Method
 from ttame_jax.methods.base import checked_classes, checked_images
 from ttame_jax.preprocessing import to_float
@@ -41,8 +41,7 @@ class Explainer:
 
     Args:
       method: T-TAME (`TTAME`) or any other method.
-      class_names: one for each class; None is ImageNet's for a classifier of 1000 classes, and none
-        for others.
+      class_names: one for each class; None is those of the backbone.
 
     Attributes:
       method: the method.
@@ -57,7 +56,9 @@ class Explainer:
         self.method = method
         self._graph, self._state = nnx.split(method)
         count = method.backbone.num_classes
-        self.class_names = check_names(class_names, count) if class_names else default_names(count)
+        self.class_names = (
+            check_names(class_names, count) if class_names else method.backbone.class_names
+        )
 
     @property
     def backbone(self) -> Backbone:

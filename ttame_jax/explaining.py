@@ -50,7 +50,7 @@ def explain(
         ``"all"`` every class; an id, a name such as ``"zebra"``, or a list of either.
       view: what the classifier is shown, ``"whole"`` or ``"crop"``, see
         `Explainer.explain_picture`.
-      class_names: one for each class; None is the run's, or ImageNet's for 1000 classes.
+      class_names: one for each class; None is those of the run or of the backbone.
       max_pixels: largest number of pixels of a picture.
 
     Returns:

@@ -80,7 +80,7 @@ class Explanation:
         Args:
           index: the place of the class in `classes`.
           opacity: share of the heatmap, in [0, 1].
-          colour_map: Matplotlib's name of a colour map.
+          colour_map: name of a colour map in cmap's catalogue, which includes Matplotlib's.
 
         Raises:
           ValueError: an opacity outside [0, 1], or an unknown colour map.

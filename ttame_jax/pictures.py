@@ -5,15 +5,18 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import cmap
 import jax
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ttame_jax.files import write_atomically
 
 COLOUR_MAP = "inferno"
-"""Matplotlib's name of the default colour map, which is perceptually uniform."""
+"""Name of the default colour map, which is perceptually uniform."""
+
+FONT = Path(__file__).parent / "fonts" / "DejaVuSans.ttf"
+"""The font of titles. It has Latin, Greek and Cyrillic letters."""
 
 OPACITY = 0.5
 """Default share of the heatmap in an overlay."""
@@ -25,19 +28,21 @@ BAR_WIDTH = 14
 
 
 def check_colour_map(name: str) -> None:
-    """Raises ValueError if Matplotlib has no colour map of that name."""
-    if name not in matplotlib.colormaps:
-        raise ValueError(
-            f"there is no colour map {name!r}; Matplotlib has inferno, viridis, magma, turbo, jet "
-            "and others"
-        )
+    """Raises ValueError if cmap's catalogue has no colour map of that name."""
+    _colours(name)
 
 
 @functools.cache
 def _colours(colour_map: str) -> np.ndarray:
     """The colours of the values 0 to 255: uint8 ``[256, 3]``."""
-    check_colour_map(colour_map)
-    return matplotlib.colormaps[colour_map](np.arange(256), bytes=True)[:, :3]
+    try:
+        colours = cmap.Colormap(colour_map)
+    except ValueError:
+        raise ValueError(
+            f"there is no colour map {colour_map!r}; there are inferno, viridis, magma, turbo, jet "
+            "and the others of https://cmap-docs.readthedocs.io"
+        ) from None
+    return np.asarray(colours(np.arange(256), bytes=True))[:, :3]
 
 
 def resize_map(explanation_map: jax.typing.ArrayLike, size: tuple[int, ...]) -> np.ndarray:
@@ -69,7 +74,7 @@ def overlay(
       image: the image.
       explanation_map: values in [0, 1].
       opacity: share of the heatmap, in [0, 1].
-      colour_map: Matplotlib's name of a colour map.
+      colour_map: name of a colour map in cmap's catalogue, which includes Matplotlib's.
 
     Raises:
       ValueError: an opacity outside [0, 1], or an unknown colour map.
@@ -157,9 +162,7 @@ def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
 
 @functools.cache
 def _font(size: int = TEXT_SIZE) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with Matplotlib."""
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return ImageFont.truetype(path, size)
+    return ImageFont.truetype(FONT, size)
 
 
 def to_png(image: np.ndarray | Image.Image) -> bytes:

@@ -116,7 +116,7 @@ def test_unusable_images_are_refused_in_one_line(name, config, shape, message):
             {},
             "unknown backbone 'vgg17'; there are vgg1.*timm:MODEL, hf:OWNER.* and FILE.py",
         ),
-        ("resnet18", {"features": "norm"}, "resnet18 has no option features; it has dtype, "),
+        ("resnet18", {"features": "norm"}, "resnet18 has no option features; it has class_names, "),
         ("vgg11", {"features": "block"}, "features of vgg11 are 'pool' or 'conv', not 'block'"),
         ("vit", {"features": "pool"}, "features of vit are 'block' or 'norm', not 'pool'"),
         ("vit_b16", {"depth": 3}, "vit_b16 has a fixed depth; use the free 'vit'"),

@@ -5,7 +5,7 @@ import pytest
 from references import assert_close
 from running import run
 
-from ttame_jax import load_backbone, save_backbone
+from ttame_jax import Explainer, load_backbone, load_method, save_backbone
 from ttame_jax.convert.pytorch.torch_import import import_torchvision
 from ttame_jax.errors import Damaged
 
@@ -68,6 +68,18 @@ def test_a_model_of_transformers_gives_its_logits(saved):
     save_backbone(backbone, folder / "ours.safetensors")
     again = load_backbone(f"hf:{folder}", folder / "ours.safetensors")
     np.testing.assert_array_equal(run(again, x)[0], run(backbone, x)[0])
+
+
+def test_class_names_are_the_models_own(saved):
+    _, folder = saved
+    assert load_backbone(f"hf:{folder}", "hf").class_names is None  # LABEL_0 and so on
+    path, names = folder / "config.json", ("ant", "bee", "cat", "dog", "elk")
+    labels = {str(i): name for i, name in enumerate(names)}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": labels}))
+    backbone = load_backbone(f"hf:{folder}", "hf")
+    assert Explainer(load_method("gradcam", backbone)).class_names == names
+    save_backbone(backbone, folder / "ours.safetensors")
+    assert load_backbone(f"hf:{folder}", folder / "ours.safetensors").class_names == names
 
 
 @pytest.mark.parametrize(

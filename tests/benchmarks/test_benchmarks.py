@@ -150,10 +150,8 @@ def test_flops_of_a_loop_count_at_every_turn():
     assert ours.layer_flops(products, jnp.ones((5, 2, 3))) == 5 * 2 * 2 * 3 * 4
 
 
-@pytest.mark.parametrize(
-    "kills",
-    [{"train": 1}, pytest.param({"train": 2, "evaluate": 1}, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [{"train": 1}, {"train": 2, "evaluate": 1}])
 def test_killed_commands_end_with_the_same_files(kills):
     """At moments in the middle of the commands: a third to a half of their time."""
     count = str(sum(kills.values()))

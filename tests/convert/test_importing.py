@@ -206,6 +206,14 @@ def test_features_can_be_chosen(module, tmp_path):
     assert backbone.class_weights is None
 
 
+def test_class_names_become_part_of_the_file(module, tmp_path):
+    names, path = tmp_path / "names.txt", tmp_path / "named.safetensors"
+    names.write_text("ant\nbee\ncat\ndog\nelk\n")
+    words = ["convert", "import", f"{module}:cnn", "--image-size", "32", "--output", str(path)]
+    main([*words, "--class-names", str(names)])
+    assert load_backbone(str(path)).class_names == ("ant", "bee", "cat", "dog", "elk")
+
+
 def test_a_copy_is_the_same_and_another_graph_has_another_digest(module, tmp_path):
     backbone = load_backbone(str(imported(module, "cnn")))
     save_backbone(backbone, tmp_path / "copy.safetensors")

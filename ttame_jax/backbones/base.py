@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ttame_jax.compilers import in_groups
+from ttame_jax.labels import check_names, default_names
 from ttame_jax.preprocessing import IMAGENET, Masking, Preprocessing
 
 State = tuple[jax.Array, ...]
@@ -23,6 +24,7 @@ class Architecture:
 
     num_classes: int = 1000
     preprocessing: Preprocessing = IMAGENET
+    class_names: tuple[str, ...] | None = None
 
 
 def chain(
@@ -57,6 +59,8 @@ class Backbone(nnx.Module):
     Attributes:
       num_classes: length of the logits.
       preprocessing: the preprocessing of its input.
+      class_names: the names of its classes: those of the architecture, ImageNet's for 1000 classes
+        without names, and None for others.
       masking: how the paper masks this classifier's input (section III-C).
       feature_kinds: the choices of feature maps that the family offers.
       feature_layers: names of the layers (see `named_layers`) whose outputs are the feature maps.
@@ -90,6 +94,8 @@ class Backbone(nnx.Module):
         if features is not None and features not in self.feature_kinds:
             known = " or ".join(map(repr, self.feature_kinds))
             raise ValueError(f"features of {name} are {known}, not {features!r}")
+        if architecture.class_names is not None:
+            check_names(architecture.class_names, count)
         self.name = name
         self.architecture = architecture
         self.features = features or next(iter(self.feature_kinds), None)
@@ -102,6 +108,10 @@ class Backbone(nnx.Module):
     @property
     def preprocessing(self) -> Preprocessing:
         return self.architecture.preprocessing
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return self.architecture.class_names or default_names(self.num_classes)
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Computes logits and feature maps of standardised images.

@@ -41,6 +41,7 @@ class FunctionBackbone(Backbone):
       params: its parameters, a pytree of arrays.
       name: what messages and results call the classifier; None is the function's name.
       preprocessing: of its input.
+      class_names: one for each class, or None.
       feature_layers: names of the features that T-TAME reads; None is all.
       target_layer: name of the feature that CAM methods read; None is the last one. If the logits
         are computed from a class token, it must be a feature before the last mixing of tokens.
@@ -64,6 +65,7 @@ class FunctionBackbone(Backbone):
         *,
         name: str | None = None,
         preprocessing: Preprocessing = IMAGENET,
+        class_names: Sequence[str] | None = None,
         feature_layers: Sequence[str] | None = None,
         target_layer: str | None = None,
         layout: Layout | None = None,
@@ -77,9 +79,11 @@ class FunctionBackbone(Backbone):
         self._store(name, params)
         size = preprocessing.image_size
         logits, features = _describe(forward, params, name, (2, size, size, 3))
-        super().__init__(
-            name, Architecture(num_classes=logits.shape[1], preprocessing=preprocessing)
+        names = None if class_names is None else tuple(class_names)
+        architecture = Architecture(
+            num_classes=logits.shape[1], preprocessing=preprocessing, class_names=names
         )
+        super().__init__(name, architecture)
         self.dtype = jnp.result_type(*(feature.dtype for feature in features.values()))
         self.layers = tuple(features)
         self.feature_layers = self._known(feature_layers or self.layers)

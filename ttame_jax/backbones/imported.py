@@ -231,6 +231,7 @@ class Description:
       prefix_tokens: tokens before those of the patches, in all places that are tokens.
       class_weights: name of the kernel of a linear layer that reads the average of the last
         feature map; None if there is no such layer.
+      class_names: one for each class, or None.
     """
 
     graph: str
@@ -239,6 +240,7 @@ class Description:
     target: str
     prefix_tokens: int = 0
     class_weights: str | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 class ImportedBackbone(FunctionBackbone):
@@ -259,6 +261,7 @@ class ImportedBackbone(FunctionBackbone):
             tensors,
             name=name,
             preprocessing=description.preprocessing,
+            class_names=description.class_names,
             feature_layers=description.features,
             target_layer=description.target,
             layout="NHWC",

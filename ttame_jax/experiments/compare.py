@@ -27,7 +27,7 @@ from ttame_jax.experiments.evaluate import (
     read_figures,
 )
 from ttame_jax.files import check_output_folder, locked, to_json, write_atomically
-from ttame_jax.labels import default_names, label
+from ttame_jax.labels import label
 from ttame_jax.methods import Method, compute_maps, list_methods, load_method, method_title
 from ttame_jax.plots import explanation_grid, save_figure
 from ttame_jax.preprocessing import to_float
@@ -221,8 +221,7 @@ class Comparison:
             print(f"{name}: maps of {len(images)} images")
             maps = compute_maps(self.method(name), images, classes[:, None])
             rows[method_title(name)] = np.asarray(maps[:, 0])
-        count = self.backbone.num_classes
-        class_names = load_class_names(self.config.run[0]) or default_names(count)
+        class_names = load_class_names(self.config.run[0]) or self.backbone.class_names
         titles = [label(class_id, class_names) for class_id in classes.tolist()]
         path = self.config.output / "maps.png"
         save_figure(explanation_grid(pictures, rows, titles), path)

@@ -178,8 +178,8 @@ class Trainer:
         return True
 
     def _save_class_names(self) -> None:
-        """Saves the data set's class names, if it has as many as the backbone has classes."""
-        names = self.source.class_names
+        """Saves the backbone's class names, or the data set's if their number fits."""
+        names = self.backbone.architecture.class_names or self.source.class_names
         if names and len(names) == self.backbone.num_classes:
             text = "".join(f"{name}\n" for name in labels.readable(names))
             write_atomically(self.config.output / labels.FILE, text)

@@ -52,7 +52,7 @@ def load_backbone(
         "timm:MODEL"; "hf" (those of the "hf:" model); None for random initialisation from `seed`.
       seed: of the random initialisation.
       **config: num_classes, image_size, dtype (of the computation and the feature maps, e.g.
-        "bfloat16"), preprocessing; features ("pool" or "conv" for VGG, "block" or "norm" for ViT);
+        "bfloat16"), preprocessing, class_names; features ("pool" or "conv" for VGG, "block" or "norm" for ViT);
         for "vit" also patch_size, width, depth and num_heads. None is the default: what the
         source of the weights says, or else the architecture's own. Of "FILE.py:FUNCTION", the
         arguments of the function.
@@ -127,10 +127,12 @@ def _made(
 def _config(backbone: Backbone) -> dict[str, Any]:
     """What `load_backbone` needs besides the name to build the backbone again, as JSON."""
     family, fields = family_of(backbone), asdict(backbone.architecture)
-    config = {
+    config: dict[str, Any] = {
         "num_classes": fields.pop("num_classes"),
         "preprocessing": fields.pop("preprocessing"),
     }
+    if names := fields.pop("class_names"):
+        config["class_names"] = names
     if _is_foreign(backbone.name):
         config["architecture"] = {"family": family.backbone.__name__, **fields}
     for field in family.free.get(backbone.name, ()):
@@ -216,7 +218,7 @@ def _architecture(name: str, fields: dict[str, Any]) -> tuple[Family, Architectu
 
 def _check_options(name: str, family: Family, fields: Mapping[str, Any]) -> None:
     free = set(family.free.get(name, ()))
-    options = {"num_classes", "preprocessing", "image_size", "dtype"} | free
+    options = {"num_classes", "class_names", "preprocessing", "image_size", "dtype"} | free
     if family.backbone.feature_kinds:
         options.add("features")
     if _is_foreign(name):

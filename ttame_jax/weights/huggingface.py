@@ -23,7 +23,7 @@ def describe(model: str) -> dict[str, Any]:
       model: OWNER/NAME on the hub, or a folder that `save_pretrained` wrote.
 
     Returns:
-      num_classes, preprocessing and architecture, as `timm_models.describe` does.
+      num_classes, class_names, preprocessing and architecture, as `timm_models.describe` does.
 
     Raises:
       UnsupportedModel: the model cannot be built here.
@@ -37,8 +37,10 @@ def describe(model: str) -> dict[str, Any]:
     try:
         if reasons := list(family.huggingface.refusals(config)):
             raise UnsupportedModel(f"hf:{model}", reasons)
+        names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers' default
         return {
-            "num_classes": len(config.get("id2label", "01")),
+            "num_classes": len(names),
+            "class_names": _class_names(names),
             "preprocessing": _preprocessing(processor),
             "architecture": {"family": family.backbone.__name__} | family.huggingface.read(config),
         }
@@ -59,6 +61,16 @@ def weights(model: str) -> Path:
 def _family(model_type: str | None) -> Family | None:
     known = (f for f in FAMILIES if f.huggingface and model_type in f.huggingface.model_types)
     return next(known, None)
+
+
+def _class_names(labels: Mapping[str, str]) -> tuple[str, ...] | None:
+    """The names of the classes, unless they are placeholders.
+
+    ImageNet's are None, since transformers has lists of synonyms where this project has names.
+    """
+    names = tuple(labels[str(i)] for i in range(len(labels)))
+    imagenet = len(names) == 1000 and names[0].startswith("tench")
+    return None if imagenet or names[0] == "LABEL_0" else names
 
 
 def _preprocessing(processor: Mapping[str, Any]) -> dict[str, Any]:
