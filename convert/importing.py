@@ -1,7 +1,7 @@
 """Imports any PyTorch classifier: `ttame convert import`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ RANDOM = "random"
 
 TOLERANCE = 1e-4
 """Largest difference from PyTorch, relative to the largest value."""
+
+ROUNDINGS = 4
+"""How many times PyTorch's own rounding error a difference may be, if that is more."""
 
 
 def import_model(
@@ -77,12 +80,14 @@ def import_model(
     description = dataclasses.replace(description, class_names=names)
     backbone = ImportedBackbone(str(output), description, tensors)
     found = differences(backbone, module)
-    worst = max(found, key=lambda what: np.nan_to_num(found[what], nan=np.inf))
-    if not found[worst] <= TOLERANCE:
-        raise Failure(
-            f"{model} in JAX differs from PyTorch: {worst} by {found[worst]:.1e}, above "
-            f"{TOLERANCE:g}; nothing was written"
-        )
+    own = rounding(backbone, module) if _exceeds(found, TOLERANCE) else dict.fromkeys(found, 0.0)
+    for what, value in found.items():
+        allowed = max(TOLERANCE, ROUNDINGS * own[what])
+        if not value <= allowed:
+            raise Failure(
+                f"{model} in JAX differs from PyTorch: {what} by {value:.1e}, above {allowed:.1e}; "
+                "nothing was written"
+            )
     save_imported(backbone, output, model)
     size = preprocessing.image_size
     count = sum(value.size for value in tensors.values())
@@ -96,6 +101,11 @@ def import_model(
         f"layer of CAM methods: {backbone.target_layer}",
         "differences from PyTorch: "
         + ", ".join(f"{what} {value:.1e}" for what, value in found.items()),
+        *(
+            f"float32 itself differs from float64 in PyTorch: {what} by {value:.1e}"
+            for what, value in own.items()
+            if value > TOLERANCE
+        ),
     ]
 
 
@@ -176,6 +186,25 @@ def differences(
         for name, ours, theirs in zip(found, (logits, *features), expected, strict=True):
             found[name] = float(np.maximum(found[name], relative(ours, theirs)))  # keeps NaN
     return found
+
+
+def rounding(backbone: ImportedBackbone, module, count: int = 3) -> dict[str, float]:
+    """PyTorch's largest differences between float32 and float64, as `differences` has them."""
+    size = backbone.preprocessing.image_size
+    images = np.random.default_rng(count).standard_normal((count, size, size, 3), np.float32)
+    single = reference(backbone, module, images)
+    try:
+        double = reference(backbone, module.double(), images.astype(np.float64))
+    except RuntimeError:  # a module that computes in float32 only
+        double = single
+    finally:
+        module.float()
+    names = ("logits", *backbone.feature_layers)
+    return {name: relative(a, b) for name, a, b in zip(names, single, double, strict=True)}
+
+
+def _exceeds(found: Mapping[str, float], limit: float) -> bool:
+    return any(not value <= limit for value in found.values())  # NaN does
 
 
 @nnx.jit

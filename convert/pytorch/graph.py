@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import math
 import re
+import statistics
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -358,14 +359,15 @@ def _features(
     listed = [entry["module"] for entry in info if isinstance(entry, dict)]
     listed = [same for path in listed if (same := _computed(path, places, outputs))]
     if len(listed) >= 3:
-        return _resolutions(listed, sides) or tuple(listed[-3:])
+        return _resolutions(listed, sides) or tuple(_of_one_prefix(listed, places)[-3:])
     trunk = _trunk(graph)
     trunk = [path for path, place in places.items() if place.value in trunk] or list(places)
     # The first layers of a block that lowers the resolution belong to that block.
     ends = [path for path in trunk if not _inside_lower(module, path, sides)] or trunk
     outer = {places[path].value: path for path in sorted(ends, key=len, reverse=True)}
     ends = [outer[places[path].value] for path in ends]
-    return _resolutions(ends, sides) or tuple(_blocks(module, trunk, sides)[-3:] or ends[-1:])
+    blocks = _of_one_prefix(_blocks(module, trunk, sides), places)
+    return _resolutions(ends, sides) or tuple(blocks[-3:] or ends[-1:])
 
 
 def _computed(path: str, places: Mapping[str, Place], outputs: Mapping[str, Any]) -> str | None:
@@ -376,6 +378,12 @@ def _computed(path: str, places: Mapping[str, Place], outputs: Mapping[str, Any]
         return path if path in places else None
     equal = [one for one in places if torch.equal(outputs[one], outputs[path])]
     return min(equal, key=len, default=None)
+
+
+def _of_one_prefix(paths: Sequence[str], places: Mapping[str, Place]) -> list[str]:
+    """The paths with as many tokens before the patches as most of them have."""
+    prefixes = [places[path].prefix_tokens for path in paths]
+    return [path for path in paths if places[path].prefix_tokens == statistics.mode(prefixes)]
 
 
 def _trunk(graph: Graph) -> set[str]:
@@ -412,17 +420,14 @@ def _inside_lower(module, path: str, sides: Mapping[str, int]) -> bool:
 
 
 def _blocks(module, paths: Sequence[str], sides: Mapping[str, int]) -> list[str]:
-    """The longest sequence of modules among `paths` of the last one's resolution."""
+    """The longest, and last, sequence of siblings of one class among `paths` of the last one's
+    resolution."""
     lowest = {path for path in paths if sides[path] == sides[paths[-1]]}
-    sequences = [
-        [
-            path
-            for child, _ in parent.named_children()
-            if (path := f"{root}.{child}".strip(".")) in lowest
-        ]
-        for root, parent in module.named_modules()
-    ]
-    return max(sequences, key=len)
+    sequences = {}
+    for path, one in module.named_modules():
+        if path in lowest:
+            sequences.setdefault((path.rpartition(".")[0], type(one)), []).append(path)
+    return max(reversed(sequences.values()), key=len)
 
 
 def _target(module, image, places: Mapping[str, Place], last: str) -> str:
