@@ -17,6 +17,7 @@ from real_images import read_images
 from running import run as forward
 from tiny import TINY
 
+from ttame_jax.backbones import aten
 from ttame_jax.cli import main
 from ttame_jax.convert.importing import load_module
 from ttame_jax.files import read_safetensors, write_safetensors
@@ -70,6 +71,49 @@ class Flat(nn.Module):
 class Fourier(CNN):
     def forward(self, x):
         return self.fc(torch.fft.rfft2(self.stages(x)).abs().mean((2, 3)))
+
+
+class Rounding(CNN):
+    def forward(self, x):
+        return self.fc(self.stages(x).mean((2, 3)) + 1e4 - 1e4)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + torch.relu(self.fc(x)) + x.mean(1, keepdim=True)
+
+
+class TwoBranches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.ModuleList(nn.Conv2d(3, 8, 8, 8) for _ in range(2))
+        self.branches = nn.ModuleList(nn.Sequential(*(Block() for _ in range(3))) for _ in range(2))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        tokens = [embed(x).flatten(2).transpose(1, 2) for embed in self.embed]
+        return self.fc(sum(branch(x).mean(1) for branch, x in zip(self.branches, tokens)))
+
+
+class LateClassToken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 8, 8)
+        self.token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.blocks = nn.ModuleList(Block() for _ in range(5))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        for i, block in enumerate(self.blocks):
+            if i == 3:
+                x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+            x = block(x)
+        return self.fc(x[:, 0])
 
 
 class Branching(CNN):
@@ -206,6 +250,31 @@ def test_features_can_be_chosen(module, tmp_path):
     assert backbone.class_weights is None
 
 
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [
+        ("TwoBranches", ("branches.1.0", "branches.1.1", "branches.1.2")),
+        ("LateClassToken", ("blocks.0", "blocks.1", "blocks.2")),  # of one number of tokens
+    ],
+)
+def test_features_are_the_last_blocks(name, features, module):
+    assert load_backbone(str(imported(module, name))).feature_layers == features
+
+
+def test_differences_may_be_those_of_float32_itself(module, tmp_path, capsys):
+    words = ["convert", "import", f"{module}:Rounding", "--image-size", "32"]
+    main([*words, "--output", f"{tmp_path}/a.safetensors"])
+    assert "float32 itself differs from float64 in PyTorch: logits by " in capsys.readouterr().out
+
+
+def test_what_differs_from_pytorch_is_not_written(module, tmp_path, monkeypatch, refusal):
+    monkeypatch.setitem(aten._POINTWISE, "relu.default", lambda x: 1.01 * jax.nn.relu(x))
+    words = ["convert", "import", f"{module}:Rounding", "--image-size", "32"]
+    status, line = refusal([*words, "--output", tmp_path / "a.safetensors"])
+    assert status == 1 and "differs from PyTorch: stages.0 by " in line
+    assert not (tmp_path / "a.safetensors").exists()
+
+
 def test_class_names_become_part_of_the_file(module, tmp_path):
     names, path = tmp_path / "names.txt", tmp_path / "named.safetensors"
     names.write_text("ant\nbee\ncat\ndog\nelk\n")
@@ -236,6 +305,7 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())
+from ttame_jax.backbones import aten
 from ttame_jax.cli import main
 
 pictures, picture = sys.argv[1:]
