@@ -35,18 +35,22 @@ HEADER = """# timm's models
 files {files}.
 
 "Difference" is the largest difference of logits and feature maps between timm and this project,
-relative to the largest value, in float32 with random weights on one random image. Models without
-a figure have more than {limit:g} million parameters; their tensors agree by name and shape. A few
+relative to the largest value, in float32 with random weights on one random image, of at most
+{size}x{size} pixels for CNNs. Models without a figure have more than {limit:g} million parameters;
+their tensors agree by name and shape. A few
 models (`crop_mode` squash) were trained on images squashed into a square. Here the centre square
 is cropped, as for all others. Models marked with * have no classifier in timm. They need
 `num_classes` and weights that have one; here they are tried with {classes} classes.
 """
 
+SIZE = 160
+"""Height and width of the largest image for models that take images of any size."""
+
 CLASSES = 1000
 """Number of classes of a model that has no classifier."""
 
 
-def main(output: Path = Path("docs/timm.md"), limit: float = 30, done: Path | None = None) -> None:
+def main(output: Path = Path("docs/timm.md"), limit: float = 200, done: Path | None = None) -> None:
     """Try timm's models, print a line of JSON for each, and write the table.
 
     Args:
@@ -67,7 +71,7 @@ def main(output: Path = Path("docs/timm.md"), limit: float = 30, done: Path | No
             jax.clear_caches()
         print(json.dumps(known[name]), flush=True)
     text = HEADER.format(
-        version=timm.__version__, files=", ".join(files), limit=limit, classes=CLASSES
+        version=timm.__version__, files=", ".join(files), limit=limit, classes=CLASSES, size=SIZE
     )
     write_atomically(output, text + tables([known[name] for name in names]))
 
@@ -128,7 +132,9 @@ def _try(name: str, config: dict, limit: float) -> tuple[float, float | None]:
     back = to_torch(backbone, "timm")
     if any(not np.array_equal(back[key], value) for key, value in state.items()):
         raise ValueError(f"{name} changes on the way to Flax and back")
-    return count, float(max(differences(backbone, None, "timm", 1).values()))
+    size = backbone.preprocessing.image_size
+    size = min(size, SIZE) if backbone.any_size else size
+    return count, float(max(differences(backbone, None, "timm", 1, size).values()))
 
 
 def randomise(module, seed: int = 0):

@@ -77,9 +77,20 @@ def verify(
 
 
 def differences(
-    backbone: Backbone, attention: AttentionMechanism | None, library: str, count: int = 2
+    backbone: Backbone,
+    attention: AttentionMechanism | None,
+    library: str,
+    count: int = 2,
+    size: int | None = None,
 ) -> dict[str, float]:
     """Maximum differences from the library's module with the same weights, on random images.
+
+    Args:
+      backbone: the classifier.
+      attention: its attention mechanism; None compares no maps.
+      library: torchvision or timm.
+      count: number of images.
+      size: their height and width; None is the size of the preprocessing.
 
     Returns:
       Relative to the largest value for logits and features; absolute for maps.
@@ -93,20 +104,22 @@ def differences(
     module: Any = torch_explainer(
         backbone, attention, explainer_config(backbone, attention, library)
     )
-    images = random_images(backbone.preprocessing.image_size, count)
+    images = random_images(size or backbone.preprocessing.image_size, count)
     with jax.default_matmul_precision("highest"):
         logits, features = _forward(backbone, images)
-        ours = _explain(TTAME(backbone, attention), images)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     standardised = (pixels - module.mean) / module.std
     with torch.no_grad():
         their_logits, their_features = module.features(standardised)
-        _, maps = module(pixels, torch.from_numpy(np.array(ours.classes, np.int64)))
     found = {"logits": _relative(logits, their_logits.numpy())}
     read = features[attention.first_layer :]
     for i, (feature, theirs) in enumerate(zip(read, their_features, strict=True), 1):
         found[f"features {i}"] = _relative(feature, theirs.permute(0, 2, 3, 1).numpy())
     if shown:
+        with jax.default_matmul_precision("highest"):
+            ours = _explain(TTAME(backbone, attention), images)
+        with torch.no_grad():
+            _, maps = module(pixels, torch.from_numpy(np.array(ours.classes, np.int64)))
         found["maps"] = float(np.abs(np.asarray(ours.maps) - maps.numpy()).max())
     return found
 
