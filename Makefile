@@ -51,6 +51,7 @@ test-lowest:
 	.venv-lowest/bin/uv pip compile --quiet --resolution lowest-direct --extra demo \
 		pyproject.toml --output-file .venv-lowest/versions.txt
 	.venv-lowest/bin/pip install --quiet -r .venv-lowest/versions.txt hypothesis pytest pytest-timeout pytest-xdist
+	.venv-lowest/bin/pip install --quiet --no-deps --editable .
 	.venv-lowest/bin/python -m pytest tests/training/test_step.py tests/training/test_loop.py \
 		tests/test_explainer.py tests/test_cli.py tests/metrics/test_evaluation.py
 

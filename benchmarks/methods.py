@@ -33,7 +33,7 @@ from ttame_jax.methods import Method, load_method
 from ttame_jax.weights import load_backbone
 from ttame_jax.weights.transfer import to_torch
 
-CAMS = ("gradcam", "gradcam++", "scorecam", "ablationcam")
+CAMS = ("gradcam", "gradcam++", "layercam", "scorecam", "ablationcam")
 RECIPES = {"gradcam++": {"recipe": "reference"}, "scorecam": {"recipe": "reference"}}
 
 
@@ -156,6 +156,7 @@ def package_cam(name: str, model, backbone: Backbone) -> Callable:
     cls = {
         "gradcam": package.GradCAM,
         "gradcam++": package.GradCAMPlusPlus,
+        "layercam": package.LayerCAM,
         "scorecam": package.ScoreCAM,
         "ablationcam": package.AblationCAM,
     }[name]

@@ -18,6 +18,8 @@ CLASSES = jnp.array([[1, 2], [3, 4]])
     [
         ("gradcam", {}),
         ("gradcam++", {}),
+        ("layercam", {}),
+        ("integrated_gradients", {"steps": 3}),
         ("scorecam", {}),
         ("ablationcam", {}),
         ("rise", {"masks": 21}),

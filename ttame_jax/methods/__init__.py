@@ -4,11 +4,13 @@
 # isort: off
 from ttame_jax.methods.base import Explanations, Method, compute_maps
 from ttame_jax.methods.gradcam import GradCAM, GradCAMPlusPlus
+from ttame_jax.methods.layercam import LayerCAM
 from ttame_jax.methods.scorecam import ScoreCAM
 from ttame_jax.methods.ablationcam import AblationCAM
 from ttame_jax.methods.rise import RISE
 from ttame_jax.methods.transformer_lrp import TransformerLRP
 from ttame_jax.methods.iia import IIA
+from ttame_jax.methods.integrated_gradients import IntegratedGradients
 from ttame_jax.methods.ttame import LCAM, TTAME
 from ttame_jax.methods.registry import list_methods, load_method, method_title
 # isort: on
@@ -22,6 +24,8 @@ __all__ = [
     "Explanations",
     "GradCAM",
     "GradCAMPlusPlus",
+    "IntegratedGradients",
+    "LayerCAM",
     "Method",
     "ScoreCAM",
     "TransformerLRP",

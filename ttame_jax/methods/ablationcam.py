@@ -40,4 +40,4 @@ class AblationCAM(CAM, name="ablationcam", title="Ablation-CAM"):
         logits = logits.reshape(channels, *classes.shape)
         whole = jnp.take_along_axis(after((output, *rest)), classes, axis=1)
         weights = (whole - logits) / jnp.where(whole == 0, 1, whole)
-        return self.combine(output, jnp.moveaxis(weights, 0, -1))
+        return self.combine(self.activations(output), jnp.moveaxis(weights, 0, -1))

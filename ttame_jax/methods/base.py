@@ -195,6 +195,13 @@ def class_gradients(after: Callable[..., jax.Array], state: State, classes: jax.
     return jax.vmap(of_image)(output, rest, classes).astype(jnp.float32)
 
 
+def integrate(function: Callable[[jax.Array], jax.Array], points: jax.Array) -> jax.Array:
+    """The mean of a function over points ``[n]``, one at a time, so memory does not grow with n."""
+    total = jnp.zeros_like(jax.eval_shape(function, points[0]))
+    total, _ = jax.lax.scan(lambda sum, point: (sum + function(point), None), total, points)
+    return total / len(points)
+
+
 def chunk_size(perturbations: int, images: int) -> int:
     """Perturbations of each image to classify at a time: the largest divisor that fits."""
     most = max(FORWARD_BATCH // images, 1)

@@ -6,7 +6,7 @@ from flax import nnx
 
 from ttame_jax.backbones import Backbone
 from ttame_jax.masking import min_max_scale
-from ttame_jax.methods.base import Method
+from ttame_jax.methods.base import Method, class_gradients
 
 
 class CAM(Method):
@@ -38,8 +38,21 @@ class CAM(Method):
         """The backbone before and after the target layer, as ``Backbone.split`` returns it."""
         return self.backbone.split(self.layer)
 
-    def combine(self, output: jax.Array, weights: jax.Array) -> jax.Array:
-        """The layer's output and channel weights ``[B, K, C]`` -> maps ``[B, K, h, w]``."""
-        activations = self.backbone.feature_map(output).astype(jnp.float32)
+    def activations_and_gradients(
+        self, images: jax.Array, classes: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Activations ``[B, h, w, C]`` and the gradients of logits ``[B, K, h, w, C]``, float32."""
+        before, after = self.split()
+        state = before(self.backbone.preprocessing.standardise(images))
+        place = self.backbone.feature_map
+        gradients = jax.vmap(place, in_axes=1, out_axes=1)(class_gradients(after, state, classes))
+        return self.activations(state[0]), gradients
+
+    def activations(self, output: jax.Array) -> jax.Array:
+        """The layer's output as ``[B, h, w, C]`` float32."""
+        return self.backbone.feature_map(output).astype(jnp.float32)
+
+    def combine(self, activations: jax.Array, weights: jax.Array) -> jax.Array:
+        """Activations ``[B, h, w, C]`` and channel weights ``[B, K, C]`` -> maps ``[B, K, h, w]``."""
         maps = jnp.einsum("bhwc,bkc->bkhw", activations, weights)
         return min_max_scale(jax.nn.relu(maps))

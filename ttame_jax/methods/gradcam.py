@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ttame_jax.backbones import Backbone
-from ttame_jax.methods.base import Recipe, checked_recipe, class_gradients
+from ttame_jax.methods.base import Recipe, checked_recipe
 from ttame_jax.methods.cam import CAM
 
 
@@ -14,12 +14,8 @@ class GradCAM(CAM, name="gradcam", title="Grad-CAM"):
     forward_passes = 1
 
     def __call__(self, images: jax.Array, classes: jax.Array) -> jax.Array:
-        before, after = self.split()
-        state = before(self.backbone.preprocessing.standardise(images))
-        place = self.backbone.feature_map
-        gradients = jax.vmap(place, in_axes=1, out_axes=1)(class_gradients(after, state, classes))
-        activations = place(state[0]).astype(jnp.float32)
-        return self.combine(state[0], self.weights(activations, gradients))
+        activations, gradients = self.activations_and_gradients(images, classes)
+        return self.combine(activations, self.weights(activations, gradients))
 
     def weights(self, activations: jax.Array, gradients: jax.Array) -> jax.Array:
         """Activations ``[B, h, w, C]``, gradients ``[B, K, h, w, C]`` -> ``[B, K, C]``."""

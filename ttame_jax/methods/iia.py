@@ -3,7 +3,6 @@ Explanations via Iterated Integrated Attributions", ICCV 2023, arXiv:2310.18585)
 integral IIA2, over the image and over the last layer's representation of it.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from ttame_jax.backbones import Backbone
 from ttame_jax.backbones.vit import ViT
 from ttame_jax.masking import min_max_scale
-from ttame_jax.methods.base import Method, Recipe, checked_recipe, class_gradients
+from ttame_jax.methods.base import Method, Recipe, checked_recipe, class_gradients, integrate
 from ttame_jax.methods.vit_blocks import (
     class_token_row,
     map_images,
@@ -149,10 +148,3 @@ class IIA(Method, name="iia", title="IIA"):
             return jax.vmap(of_class)(targets)
 
         return integrate(attributions, self.inner_points)
-
-
-def integrate(function: Callable[[jax.Array], jax.Array], points: jax.Array) -> jax.Array:
-    """The mean of a function over points ``[n]``, one at a time, so memory does not grow with n."""
-    total = jnp.zeros_like(jax.eval_shape(function, points[0]))
-    total, _ = jax.lax.scan(lambda sum, point: (sum + function(point), None), total, points)
-    return total / len(points)

@@ -52,7 +52,9 @@ class ScoreCAM(CAM, name="scorecam", title="Score-CAM"):
         size = chunk_size(len(channels), images.shape[0])
         scores = jax.lax.map(score, channels.reshape(-1, size, *channels.shape[1:]))
         scores = scores.reshape(-1, *classes.shape)  # [C, B, K]
-        return self.combine(output, jnp.moveaxis(jax.nn.softmax(scores, axis=0), 0, -1))
+        return self.combine(
+            self.activations(output), jnp.moveaxis(jax.nn.softmax(scores, axis=0), 0, -1)
+        )
 
     def upsample(self, maps: jax.Array, size: tuple[int, ...]) -> jax.Array:
         if self.recipe == "paper":
