@@ -62,7 +62,9 @@ def test_maps_equal_those_of_pytorch(backbone, images):
             (gradient,) = torch.autograd.grad(logits.sum(), x)
             total += gradient / steps
         expected.append((total * (end - start)).sum(1).clamp(min=0).detach().numpy())
-    expected = min_max_scale(np.stack(expected, 1))
+    expected = np.stack(expected, 1)
+    expected = np.minimum(expected, np.quantile(expected, 0.99, (2, 3), keepdims=True))
+    expected = min_max_scale(expected)
     found = compute_maps(load_method("integrated_gradients", backbone, steps=5), images, CLASSES)
     np.testing.assert_allclose(found, expected, atol=2e-4)
 

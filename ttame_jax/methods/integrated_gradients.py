@@ -18,7 +18,9 @@ Baseline = Literal["black", "mean"]
 class IntegratedGradients(Method, name="integrated_gradients", title="Integrated Gradients"):
     """The gradient of a class's logit, integrated from a baseline to the image (Eq. 1).
 
-    Maps have the size of the image: the positive part of the attributions' sum over colours.
+    Maps have the size of the image: the positive part of the attributions' sum over colours. A few
+    pixels are far above all others, so values above the 99th percentile count as that, as in
+    SmoothGrad (Smilkov et al., 2017).
 
     Args:
       backbone: the classifier to explain.
@@ -43,7 +45,8 @@ class IntegratedGradients(Method, name="integrated_gradients", title="Integrated
         return self.steps
 
     def __call__(self, images: jax.Array, classes: jax.Array) -> jax.Array:
-        return min_max_scale(jax.nn.relu(self.attributions(images, classes).sum(-1)))
+        maps = jax.nn.relu(self.attributions(images, classes).sum(-1))
+        return min_max_scale(jnp.minimum(maps, jnp.quantile(maps, 0.99, (2, 3), keepdims=True)))
 
     def attributions(self, images: jax.Array, classes: jax.Array) -> jax.Array:
         """The attribution of each colour of each pixel.
