@@ -119,6 +119,16 @@ def test_linen(linen, tmp_path, monkeypatch):
     assert names["backbone"].feature_shapes() == ((8, 8, 12), (4, 4, 16))
 
 
+def test_linen_resnet_of_another_project():
+    jax_resnet = pytest.importorskip("jax_resnet")
+    model = jax_resnet.ResNet18(n_classes=5)
+    variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
+    features = ["layers_3", "layers_5", "layers_7"]
+    backbone = ttame_jax.from_linen(model, variables, features, preprocessing=SMALL)
+    check(backbone, model.apply(variables, IMAGES, mutable=False))
+    assert backbone.feature_shapes() == ((8, 8, 64), (4, 4, 128), (2, 2, 256))
+
+
 def test_equinox(tmp_path, monkeypatch):
     pytest.importorskip("equimo")
     sizes = ("dim=192", "img_size=32, patch_size=8, num_classes=5, dim=32")
