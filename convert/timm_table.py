@@ -126,6 +126,7 @@ def tables(results: Iterable[Mapping[str, Any]]) -> str:
         "|---|---|---|---|",
         *supported,
         f"\n## Not supported: {count}\n",
+        "`ttame convert import timm:MODEL` imports most of these, see [models.md](models.md).\n",
         "| reason | models |",
         "|---|---|",
         *(f"| {reason} | {', '.join(names)} |" for reason, names in refused.items()),

@@ -36,9 +36,11 @@ class UnsupportedModel(ValueError):
 
     def __init__(self, name: str, reasons: list[str]):
         families = ", ".join(family.backbone.__name__ for family in FAMILIES if family.timm)
-        super().__init__(
-            f"{name} is not supported: it {', it '.join(reasons)} (supported families: {families})"
-        )
+        if name.startswith("timm:"):
+            advice = f"; import it with ttame convert import {name} --output FILE.safetensors"
+        else:
+            advice = f" (supported families: {families})"
+        super().__init__(f"{name} is not supported: it {', it '.join(reasons)}{advice}")
         self.reasons = reasons
 
 
