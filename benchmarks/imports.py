@@ -70,7 +70,6 @@ MODELS = (
     "res2net50_26w_4s",
     "resmlp_12_224",
     "resnest14d",
-    "sequencer2d_s",
     "swin_tiny_patch4_window7_224",
     "swinv2_tiny_window8_256",
     "tiny_vit_5m_224",

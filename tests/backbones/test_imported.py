@@ -73,6 +73,7 @@ CASES += [
     ("max_pool2d.default", (IMAGE, [3, 3], [2, 2], [1, 1])),
     ("max_pool2d.default", (IMAGE, [2, 2], [2, 2], [0, 0], [1, 1], True)),
     ("max_pool2d.default", (IMAGE, [3], [], [1], [2])),
+    ("max_pool2d.default", (IMAGE, [4, 3], [4, 3])),  # leaves out the border
     ("max_pool2d_with_indices.default", (IMAGE, [3, 3], [2, 2], [1, 1], [1, 1], True)),
     ("avg_pool2d.default", (IMAGE, [3, 3], [2, 2], [1, 1])),
     ("avg_pool2d.default", (IMAGE, [3, 3], [2, 2], [1, 1], True)),
@@ -208,3 +209,12 @@ def test_a_graph_with_an_unknown_operator_is_refused_by_its_name():
 def test_the_gradient_of_a_norm_is_zero_at_zero():
     gradient = jax.grad(lambda x: aten.apply("linalg_vector_norm.default", [x, 2, [1]], {}).sum())
     np.testing.assert_array_equal(gradient(jnp.zeros((2, 3))), jnp.zeros((2, 3)))
+
+
+def test_the_gradient_of_a_maximum_that_leaves_out_the_border_is_pytorchs():
+    def pooled(x):
+        return (aten.apply("max_pool2d.default", [x, [4, 3], [4, 3]], {}) ** 2).sum()
+
+    x = torch.from_numpy(IMAGE).requires_grad_()
+    (torch.nn.functional.max_pool2d(x, (4, 3)) ** 2).sum().backward()
+    np.testing.assert_allclose(jax.grad(pooled)(jnp.asarray(IMAGE)), x.grad.numpy(), atol=1e-6)

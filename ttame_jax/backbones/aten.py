@@ -305,7 +305,8 @@ def _pool_pad(length, size, stride, padding, dilation, *, ceil_mode):
     count = (math.ceil(steps) if ceil_mode else math.floor(steps)) + 1
     if ceil_mode and (count - 1) * stride >= length + padding:
         count -= 1  # a window must begin inside the image or its padding
-    return padding, (count - 1) * stride + reach - length - padding
+    # JAX cannot differentiate a maximum over windows that leave out the border by negative padding.
+    return padding, max((count - 1) * stride + reach - length - padding, 0)
 
 
 def _adaptive_avg_pool(x, output_size):
