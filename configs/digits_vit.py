@@ -12,6 +12,6 @@ CONFIG = TrainConfig(
     output=Path("runs/digits_vit"),
     dataset="digits",
     flip=False,  # mirrored digits are other digits
-    epochs=4,
+    epochs=2,
     learning_rate=4e-3,
 )

@@ -21,7 +21,7 @@ from ttame_jax.training.classifier import accuracy, train_classifier
 from ttame_jax.weights import load_backbone, save_backbone
 
 BACKBONE = "digits_vit"
-CLASSIFIER_EPOCHS = 6
+CLASSIFIER_EPOCHS = 4
 SHOWN = 12  # pictures on the page
 METRICS = ("ad", "ic", "pointing")
 
