@@ -19,6 +19,7 @@ pytestmark = pytest.mark.quick
 @pytest.mark.parametrize("name", list_methods())
 def test_every_method_is_documented(name):
     assert method_title(name) in (DOCS / "methods.md").read_text()
+    assert f"`{name}`" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", list_metrics())
