@@ -12,7 +12,7 @@ import tyro
 
 from ttame_jax import files
 from ttame_jax.attention import AttentionMechanism
-from ttame_jax.data import Source, load_source, select
+from ttame_jax.data import BoxedSource, Source, load_source, read_boxes, select
 from ttame_jax.data.transforms import MAX_PIXELS
 from ttame_jax.errors import Damaged
 from ttame_jax.experiments.arguments import Names
@@ -45,6 +45,9 @@ class EvaluationOptions:
     """The largest number of images; they are evenly spaced in the split."""
     list: Path | None = None
     """A file that selects images, with one FILENAME LABEL per line like the authors' lists."""
+    boxes: Path | None = None
+    """A CSV file of the objects' boxes: file_name,xmin,ymin,xmax,ymax, in fractions of the image.
+    Metrics of localisation leave out images without a box."""
     measures: MetricNames = ("ad", "ic")
     masking: MaskingChoice | None = None
     """How a map masks an image for AD and IC. The default is the setting in the run's
@@ -137,6 +140,8 @@ class EvaluationSetup:
             options.max_pixels,
         )
         self.indices = select(self.source, options.list, options.limit)
+        if options.boxes is not None:
+            self.source = self._with_boxes(options.boxes)
         selected = files.digest([np.asarray(self.indices, np.int64)])
         self.inputs = {
             "weights": digest(run.backbone),
@@ -145,6 +150,15 @@ class EvaluationSetup:
         own = run.backbone.masking
         choice = options.masking or run.config.evaluation_masking or own
         self.masking: Masking = own if choice == "backbone" else choice
+
+    def _with_boxes(self, path: Path) -> BoxedSource:
+        source = BoxedSource(self.source, read_boxes(path))
+        count = source.count(self.indices)
+        if jax.process_index() == 0:
+            print(f"{count} of {len(self.indices)} images of {source} have boxes in {path}")
+        if not count:
+            raise ValueError(f"no image of {source} has a box in {path}: names must be file names")
+        return source
 
     def inputs_of(self, attention: AttentionMechanism | None) -> dict[str, str]:
         """Fingerprints of what a method's figures depend on: weights, images and its attention."""

@@ -17,6 +17,7 @@ from ttame_jax.metrics.road import Road, RoadReference
 from ttame_jax.metrics.auc import Deletion, Insertion
 from ttame_jax.metrics.pointing import PointingGame
 from ttame_jax.metrics.energy import Energy
+from ttame_jax.metrics.maxboxacc import MaxBoxAcc
 from ttame_jax.metrics.evaluation import Evaluator, intervals, summarise
 # isort: on
 
@@ -27,6 +28,7 @@ __all__ = [
     "Evaluator",
     "IncreaseInConfidence",
     "Insertion",
+    "MaxBoxAcc",
     "Metric",
     "PointingGame",
     "Road",

@@ -14,7 +14,14 @@ from ttame_jax.data import Source, evaluation_batches
 from ttame_jax.masking import upsample
 from ttame_jax.mesh import AXIS, data_mesh, gather, replicate, shard_batch
 from ttame_jax.methods import Method
-from ttame_jax.metrics.base import Metric, Rows, Sample, load_metrics, measure_sample
+from ttame_jax.metrics.base import (
+    Metric,
+    Rows,
+    Sample,
+    load_metrics,
+    measure_sample,
+    pixels_inside,
+)
 from ttame_jax.preprocessing import Masking, to_float
 
 
@@ -60,9 +67,12 @@ class Evaluator:
         images = len(source) if indices is None else len(indices)
         self.batch_size = min(batch_size, -(-images // self.mesh.size) * self.mesh.size)
         loaded = load_metrics(self.metrics)
-        needing_boxes = [metric.name for metric in loaded if metric.needs_boxes]
+        needing_boxes = [metric.name for metric in loaded if metric.needs]
         if needing_boxes and not source.has_boxes:
-            raise ValueError(f"{source} has no boxes: remove the metric {needing_boxes[0]!r}")
+            raise ValueError(
+                f"{source} has no boxes: give them with --boxes FILE, or remove the metric "
+                f"{needing_boxes[0]!r}"
+            )
         self._boxes = bool(needing_boxes)
         self._step = _compiled(nnx.graphdef(method), self.mesh, self.masking, self.metrics)
 
@@ -132,19 +142,21 @@ def _measure(
         return jax.nn.softmax(method.backbone(standardised)[0])
 
     images, preprocessing = to_float(batch["image"]), method.backbone.preprocessing
+    boxes, size = batch.get("boxes"), images.shape[1:3]
     probabilities = predict(preprocessing.standardise(images))
     classes = probabilities.argmax(axis=-1)
     sample = Sample(
         predict=predict,
         images=images,
-        maps=upsample(method(images, classes[:, None])[:, 0], images.shape[1:3]),
+        maps=upsample(method(images, classes[:, None])[:, 0], size),
         classes=classes,
         confidence=probabilities.max(axis=-1),
         preprocessing=preprocessing,
         masking=masking,
         index=batch["index"],
         key=key,
-        inside=batch.get("inside"),
+        boxes=boxes,
+        inside=None if boxes is None else pixels_inside(boxes, size),
     )
     return measure_sample(sample, metrics)
 
@@ -161,7 +173,7 @@ def intervals(rows: Rows, metrics: Sequence[str], resamples: int = 1000) -> dict
     for _ in range(resamples):
         chosen = rng.integers(count, size=count)
         trees.append(summarise({name: x[chosen] for name, x in rows.items()}, metrics))
-    return jax.tree.map(lambda *v: np.percentile(v, (2.5, 97.5)).tolist(), *trees)
+    return jax.tree.map(lambda *v: np.nanpercentile(v, (2.5, 97.5)).tolist(), *trees)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
