@@ -20,6 +20,8 @@ def _explain(args: Arguments) -> Command:
     """Explain images with a trained run, or with a method that needs no training."""
     import tyro
 
+    if any(word.partition("=")[0] == "--dataset" for word in args):
+        return _explain_dataset()
     from ttame_jax.experiments.explain import ExplainConfig, explain_files
 
     def explain(config: Annotated[ExplainConfig, tyro.conf.arg(name="")]) -> None:
@@ -33,8 +35,35 @@ def _explain(args: Arguments) -> Command:
         $ ttame explain photographs --run runs/vit_b16 --classes top3 --output explained
 
         $ ttame explain cat.jpg --backbone resnet50 --method scorecam --classes "tabby,Siamese cat"
+
+        A whole data set is explained in batches, into Parquet files. `ttame explain --dataset NAME
+        --help` lists the options.
+
+        $ ttame explain --dataset imagenet2012 --run runs/vit_b16 --output maps
         """
         explain_files(config)
+
+    return explain
+
+
+def _explain_dataset() -> Command:
+    import tyro
+
+    from ttame_jax.experiments.explain_dataset import ExplainDatasetConfig, explain_dataset
+    from ttame_jax.startup import Processes
+
+    def explain(
+        config: Annotated[ExplainDatasetConfig, tyro.conf.arg(name="")],
+        processes: Annotated[Processes, tyro.conf.arg(name="")],
+    ) -> None:
+        """Explain a data set in batches on all devices; writes maps in Parquet files.
+
+        $ ttame explain --dataset imagenet2012 --run runs/vit_b16 --output maps
+
+        $ ttame explain --dataset folder:photographs --backbone resnet50 --classes top3 --output maps
+        """
+        with _joined(processes):
+            explain_dataset(config)
 
     return explain
 

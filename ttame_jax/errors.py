@@ -16,6 +16,7 @@ EXTRAS = {
     "grain": "train",
     "tensorflow_datasets": "train",
     "tensorboardX": "train",
+    "pyarrow": "train",
     "matplotlib": "plots",
     "huggingface_hub": "hub",
     "gradio": "serve",

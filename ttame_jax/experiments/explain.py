@@ -122,7 +122,7 @@ def explain_files(config: ExplainConfig) -> None:
     images = _find_images([Path(path) for path in config.images], config.output)
     stems = _output_stems(images, config.output)
     explainer = config.open()
-    classes = _parse_classes(config.classes, explainer)
+    classes = parse_classes(config.classes, explainer)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
         # All at once, so that a bad file is found before a slow method starts.
         for _ in threads.map(lambda path: open_picture(path, config.max_pixels), _named(config)):
@@ -271,7 +271,7 @@ def _key(path: Path) -> str:
     return os.path.realpath(path).casefold()
 
 
-def _parse_classes(text: str, explainer: Explainer) -> Classes:
+def parse_classes(text: str, explainer: Explainer) -> Classes:
     """The argument of the explainer: None (predicted), all or top5, or a list of ids and names."""
     if text == "predicted":
         return None
