@@ -75,7 +75,7 @@ def test_shell_blocks_use_commands_and_flags_that_exist(page, capsys):
             command, *rest = words.partition("#")[0].split()
             if command not in COMMANDS:  # a machine may have that name
                 continue
-            choosing = {"convert": rest[:1], "explain": ["--dataset"] * ("--dataset" in rest)}
+            choosing = {"convert": rest[:1], "explain": ["--dataset=NAME"] * ("--dataset" in rest)}
             with pytest.raises(SystemExit):
                 main([command, *choosing.get(command, []), "--help"])
             known = set(re.findall(r"--[a-z][a-z.-]*", capsys.readouterr().out))
