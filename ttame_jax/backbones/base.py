@@ -63,6 +63,7 @@ class Backbone(nnx.Module):
         without names, and None for others.
       masking: how the paper masks this classifier's input (section III-C).
       feature_kinds: the choices of feature maps that the family offers.
+      compared_features: those of `feature_kinds` that the paper's ablation compares (Table VI).
       feature_layers: names of the layers (see `named_layers`) whose outputs are the feature maps.
       target_layer: name of the layer that CAM methods read.
       prefix_tokens: number of tokens before the patches in the outputs of a transformer's layers.
@@ -73,6 +74,7 @@ class Backbone(nnx.Module):
 
     masking: Masking = "pixel"
     feature_kinds: ClassVar[tuple[str, ...]] = ()
+    compared_features: ClassVar[tuple[str, ...]] = ()
     rise_masks: ClassVar[int] = 8000
     any_size: bool = True
     prefix_tokens: int = 0

@@ -212,6 +212,15 @@ def read_figures(path: Path) -> dict[str, Any]:
         raise Damaged(f"{path} is not a file of figures: {error}") from error
 
 
+def known_figures(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures in a file; empty if it does not exist, is damaged or has other settings."""
+    try:
+        figures = read_figures(path) if path.is_file() else {}
+    except Damaged:
+        return {}
+    return figures if figures.get("settings") == settings else {}
+
+
 def table(figures: Mapping[str, Any]) -> str:
     """Returns the figures and their intervals as lines of text."""
     head = (
