@@ -194,6 +194,28 @@ def _compare(args: Arguments) -> Command:
     return compare
 
 
+def _sanity(args: Arguments) -> Command:
+    """Check that maps change when the network is randomised."""
+    import tyro
+
+    from ttame_jax.experiments.sanity import SanityConfig
+    from ttame_jax.experiments.sanity import sanity as run_sanity_check
+
+    def sanity(config: Annotated[SanityConfig, tyro.conf.arg(name="")]) -> None:
+        """Check that maps change when the network is randomised; needs the extra [sanity].
+
+        The backbone is randomised layer by layer from the logits to the images, and the attention
+        mechanism from the fusion to the earliest branch. Writes figures, curves and pictures.
+
+        $ ttame sanity --run runs/vit_b16 --output sanity
+
+        $ ttame sanity --run runs/vit_b16 --methods ttame,gradcam,gradcam++ --output sanity
+        """
+        run_sanity_check(config)
+
+    return sanity
+
+
 def _curves(args: Arguments) -> Command:
     """Draw the ROAD curves of evaluations."""
     import tyro
@@ -267,6 +289,7 @@ COMMANDS: dict[str, Callable[[Arguments], Command]] = {
     "train": _train,
     "evaluate": _evaluate,
     "compare": _compare,
+    "sanity": _sanity,
     "curves": _curves,
     "lr-find": _lr_find,
     "ablate": _ablate,

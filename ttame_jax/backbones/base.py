@@ -149,6 +149,16 @@ class Backbone(nnx.Module):
         """
         raise NotImplementedError
 
+    def layer_outputs(self, images: jax.Array) -> dict[str, Any]:
+        """What each layer returns for standardised images, by the layer's name in their order.
+
+        The last one, "head", returns the logits.
+        """
+        state, outputs = (images.astype(self.dtype),), {}
+        for name, layer in self.named_layers():
+            state = outputs[name] = layer(*state)
+        return outputs
+
     def feature_map(self, x: jax.Array) -> jax.Array:
         """A layer's output as [B, H_i, W_i, C_i]."""
         return x
