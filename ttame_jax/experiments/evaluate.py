@@ -46,20 +46,17 @@ class ImageOptions:
     """The largest number of images; they are evenly spaced in the split."""
     list: Path | None = None
     """A file that selects images, with one FILENAME LABEL per line like the authors' lists."""
-    batch_size: int = 32
-    """Images per batch, over all devices."""
     max_pixels: int = MAX_PIXELS
     """Images with more pixels count as unreadable."""
     seed: int = 0
-    """Seed of random numbers, such as ROAD's noise."""
+    """Seed of ROAD's noise, or of the randomisation of ttame sanity."""
     weights: str | None = None
     """The backbone's weights, if they have moved since the run. FILE.py:FUNCTION for a run on a
     function of yours, whose code runs only if you name it."""
 
     def __post_init__(self):
-        for name in ("batch_size", "max_pixels"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.max_pixels < 1:
+            raise ValueError(f"--max-pixels must be at least 1, not {self.max_pixels}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must be at least 0 and below 2**63, not {self.seed}")
         if self.limit is not None and self.limit < 1:
@@ -95,6 +92,8 @@ def image_inputs(backbone: Backbone, source: Source, indices: np.ndarray) -> dic
 class EvaluationOptions(ImageOptions):
     """Images and metrics of an evaluation."""
 
+    batch_size: int = 32
+    """Images per batch, over all devices."""
     measures: MetricNames = ("ad", "ic")
     masking: MaskingChoice | None = None
     """How a map masks an image for AD and IC. The default is the setting in the run's
@@ -103,6 +102,8 @@ class EvaluationOptions(ImageOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size must be at least 1, not {self.batch_size}")
         if not self.measures:
             raise ValueError(f"no metric given: --measures takes {', '.join(list_metrics())}")
         load_metrics(self.measures)  # fails before anything is loaded

@@ -24,8 +24,7 @@ from skimage.feature import hog
 from skimage.metrics import structural_similarity
 
 from ttame_jax.backbones.dependencies import layer_parameters
-from ttame_jax.data import evaluation_batches, readable_crops, thin
-from ttame_jax.errors import Failure
+from ttame_jax.data import evaluation_batches, thin
 from ttame_jax.experiments.arguments import Names
 from ttame_jax.experiments.cost import estimate, is_slow
 from ttame_jax.experiments.evaluate import ImageOptions, image_inputs, known_figures
@@ -47,6 +46,9 @@ from ttame_jax.plots import line_style, picture_grid, save_figure
 from ttame_jax.preprocessing import to_float
 from ttame_jax.runs import Run, load_run
 from ttame_jax.weights import transfer
+
+Explained = Literal["original", "predicted"]
+"""The explained class: the one that the original classifier predicts, or the randomised one."""
 
 Part = Literal["backbone", "attention"]
 PARTS: dict[Part, str] = {
@@ -78,15 +80,13 @@ class SanityConfig(ImageOptions):
     """Folder for the figures, the curves and the pictures."""
     methods: Names | None = None
     """Methods to check. The default is the run's own method and gradcam."""
-    explain: Literal["original", "predicted"] = "original"
+    explain: Explained = "original"
     """The class to explain: the one that the original classifier predicts, as in Adebayo et al., or
     the one that the randomised classifier predicts."""
     steps: int = 12
     """Largest number of steps of a cascade. If there are more layers, a step randomises several."""
     limit: int | None = 50
     """The largest number of images; they are evenly spaced in the split."""
-    batch_size: int = 8
-    """Images per batch."""
     pictures: int = 2
     """Number of images in the pictures of maps; 0 disables them."""
 
@@ -142,30 +142,27 @@ class Cascade(NamedTuple):
     part: Part
     steps: dict[str, list[str]]
 
-    def states(self, seed: int) -> Iterator[nnx.State]:
+    def states(self, seeds: Sequence[int]) -> Iterator[nnx.State]:
         """The states of the method: the original one, and that after each step."""
-        flat = nnx.to_flat_state(nnx.state(self.method))
-        yield nnx.from_flat_state(flat)
-        for paths in self.steps.values():
-            changed = set(paths)
-            new = []
-            for path, variable in flat:
-                name = ".".join(map(str, path))
-                if name in changed:
-                    variable = variable.replace(permuted(variable.get_value(), name, seed))
-                new.append((path, variable))
-            yield nnx.from_flat_state(new)
+        *_, all_paths = self.steps.values()
+        flat = {".".join(map(str, p)): (p, x) for p, x in nnx.to_flat_state(nnx.state(self.method))}
+        random = {}
+        for name in all_paths:
+            path, variable = flat[name]
+            random[name] = path, variable.replace(permuted(variable.get_value(), name, seeds))
+        for changed in ((), *self.steps.values()):
+            yield nnx.from_flat_state((flat | {name: random[name] for name in changed}).values())
 
 
-def permuted(tensor: jax.Array, name: str, seed: int) -> jax.Array:
-    """A tensor with its values in random order, which depends on its name and the seed.
+def permuted(tensor: jax.Array, path: str, seeds: Sequence[int]) -> jax.Array:
+    """A tensor with its values in random order, which depends on its path and the seeds.
 
     This destroys what the tensor has learned, and keeps the distribution of its values. Activations
     therefore stay in their range, and maps do not change merely because they saturate. It needs no
     knowledge of how a tensor was initialised, which an imported classifier does not have. Adebayo et
-    al. draw new values from the initialiser, whose scale after training is another one.
+    al. draw new values from the initialiser, whose scale is another one than after training.
     """
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    rng = np.random.default_rng([*seeds, zlib.crc32(path.encode())])
     values = np.asarray(tensor)
     return jnp.asarray(rng.permutation(values.ravel()).reshape(values.shape))
 
@@ -202,37 +199,37 @@ def _attention_layers(method: Method) -> dict[str, list[str]]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _explain(
-    graph: nnx.GraphDef[Method], state: nnx.State, images: jax.Array, classes: jax.Array
+    graph: nnx.GraphDef[Method], state: nnx.State, image: jax.Array, class_id: jax.Array
 ) -> jax.Array:
-    return nnx.merge(graph, state)(images, classes[:, None])[:, 0]
+    return nnx.merge(graph, state)(image[None], class_id[None, None])[0, 0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _predict(graph: nnx.GraphDef[Method], state: nnx.State, images: jax.Array) -> jax.Array:
+def _predict(graph: nnx.GraphDef[Method], state: nnx.State, image: jax.Array) -> jax.Array:
     backbone = nnx.merge(graph, state).backbone
-    return backbone(backbone.preprocessing.standardise(images))[0].argmax(-1)
+    return backbone(backbone.preprocessing.standardise(image[None]))[0][0].argmax()
 
 
 def cascade_maps(
-    cascade: Cascade, images: np.ndarray, explain: str = "original", seed: int = 0
+    cascade: Cascade, image: np.ndarray, explain: Explained, seeds: Sequence[int]
 ) -> np.ndarray:
-    """The original maps of images, and those after each step.
+    """The original map of an image, and those after each step.
 
     Args:
       cascade: what is randomised.
-      images: ``[B, H, W, 3]`` in [0, 1].
-      explain: as in `SanityConfig`.
-      seed: of the randomisation.
+      image: ``[H, W, 3]`` in [0, 1].
+      explain: the class to explain.
+      seeds: of the randomisation.
 
     Returns:
-      ``[steps + 1, B, h, w]`` in [0, 1].
+      ``[steps + 1, h, w]`` in [0, 1].
     """
-    graph, maps, classes = nnx.graphdef(cascade.method), [], None
-    pixels = jnp.asarray(images)
-    for state in cascade.states(seed):
-        if classes is None or explain == "predicted":
-            classes = _predict(graph, state, pixels)
-        maps.append(np.asarray(_explain(graph, state, pixels, classes)))
+    graph, maps, class_id = nnx.graphdef(cascade.method), [], None
+    pixels = jnp.asarray(image)
+    for state in cascade.states(seeds):
+        if class_id is None or explain == "predicted":
+            class_id = _predict(graph, state, pixels)
+        maps.append(np.asarray(_explain(graph, state, pixels, class_id)))
     return np.stack(maps)
 
 
@@ -310,7 +307,7 @@ class Check:
         else:
             print(f"{name}: {len(cascade.steps)} steps, {len(self.indices)} images")
         resumable = ResumableRows(path, settings)
-        rows, _ = resumable.collect(lambda left: self._batches(cascade, left), self.indices)
+        rows, _ = resumable.collect(lambda left: self._rows(cascade, left), self.indices)
         figures = {
             "method": cascade.method.name,
             "part": cascade.part,
@@ -325,52 +322,43 @@ class Check:
         resumable.remove()
         return figures
 
-    def _batches(self, cascade: Cascade, indices: np.ndarray) -> Iterator[Rows]:
-        """The similarities ``[b, steps]`` of the images, batch by batch."""
-        config, preprocessing = self.config, self.run.backbone.preprocessing
-        size = min(config.batch_size, len(indices))
-        for batch in evaluation_batches(self.source, preprocessing, size, indices=indices):
-            images, valid = to_float(batch["image"]), batch["valid"]
-            maps = cascade_maps(cascade, images, config.explain, config.seed)[:, valid]
-            compared = [
-                [similarities(original, one, images.shape[1:3]) for one in after]
-                for original, *after in np.moveaxis(maps, 1, 0)
-            ]
-            columns = {
-                name: np.array([[step[name] for step in steps] for steps in compared])
-                for name in MEASURES
-            }
-            yield {"index": batch["index"][valid], **columns}
+    def _rows(self, cascade: Cascade, indices: np.ndarray) -> Iterator[Rows]:
+        """The similarities of the images ``[1, steps]``, one image at a time.
+
+        Each image has a random network of its own, so that means and intervals are those over
+        images and networks.
+        """
+        explain, seed = self.config.explain, self.config.seed
+        preprocessing = self.run.backbone.preprocessing
+        for batch in evaluation_batches(self.source, preprocessing, 1, indices=indices):
+            if not batch["valid"][0]:
+                continue
+            image, index = to_float(batch["image"][0]), batch["index"]
+            original, *after = cascade_maps(cascade, image, explain, [seed, *index.tolist()])
+            compared = [similarities(original, one, image.shape[:2]) for one in after]
+            columns = {name: np.array([[step[name] for step in compared]]) for name in MEASURES}
+            yield {"index": index, **columns}
 
     def draw_maps(self) -> None:
-        """Draws some images, their original maps and those after each step."""
+        """Draws the maps of some images, with the random networks that they are evaluated with."""
         chosen = thin(self.indices, self.config.pictures)
-        images = readable_crops(self.source, self.run.backbone.preprocessing, chosen)
-        if not len(images):
-            raise Failure(f"no image of {self.source} can be read")
-        for part in PARTS:
+        batches = evaluation_batches(
+            self.source, self.run.backbone.preprocessing, 1, indices=chosen
+        )
+        images = {int(b["index"][0]): b["image"][0] for b in batches if b["valid"][0]}
+        for part in PARTS if images else ():
             cascades = [cascade for cascade in self.cascades if cascade.part == part]
             if cascades:
-                figure = strips(images, cascades, self.config.explain, self.config.seed)
+                rows = [self._strip(x, i, image) for i, image in images.items() for x in cascades]
+                figure = picture_grid(rows, ["image", "original", *cascades[0].steps])
                 save(figure, self.config.output / f"maps_{part}")
 
-
-def strips(
-    images: np.ndarray, cascades: Sequence[Cascade], explain: str = "original", seed: int = 0
-) -> Figure:
-    """The strips of Fig. 16: a row for each image ``[N, H, W, 3]`` uint8 and method."""
-    rows = []
-    for cascade in cascades:
-        maps = cascade_maps(cascade, to_float(images), explain, seed)
+    def _strip(self, cascade: Cascade, index: int, image: np.ndarray) -> tuple[str, list]:
+        """A strip of Fig. 16: the image, its original map and that after each step."""
+        seeds = [self.config.seed, index]
+        maps = cascade_maps(cascade, to_float(image), self.config.explain, seeds)
         title = method_title(cascade.method.name)
-        rows.append(
-            [
-                (title, [image, *(overlay(image, one) for one in of_image)])
-                for image, of_image in zip(images, np.moveaxis(maps, 1, 0))
-            ]
-        )
-    in_order = [row for of_image in zip(*rows) for row in of_image]
-    return picture_grid(in_order, ["image", "original", *cascades[0].steps])
+        return title, [image, *(overlay(image, one) for one in maps)]
 
 
 def summarise(rows: Rows) -> dict[str, list[float]]:
