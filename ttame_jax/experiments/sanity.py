@@ -25,6 +25,7 @@ from skimage.metrics import structural_similarity
 
 from ttame_jax.backbones.dependencies import layer_parameters
 from ttame_jax.data import evaluation_batches, thin
+from ttame_jax.errors import Failure
 from ttame_jax.experiments.arguments import Names
 from ttame_jax.experiments.cost import estimate, is_slow
 from ttame_jax.experiments.evaluate import ImageOptions, image_inputs, known_figures
@@ -114,7 +115,7 @@ def sanity(config: SanityConfig) -> list[dict]:
     Raises:
       ValueError: a method does not exist or does not apply, or the source has no image of the list.
       FileNotFoundError: the run, the images or the weights are missing.
-      Failure: another process writes to the output.
+      Failure: all original maps of a method are constant, or another process writes to the output.
     """
     check_output_folder(config.output)
     check = Check(config)
@@ -308,6 +309,10 @@ class Check:
             print(f"{name}: {len(cascade.steps)} steps, {len(self.indices)} images")
         resumable = ResumableRows(path, settings)
         rows, _ = resumable.collect(lambda left: self._rows(cascade, left), self.indices)
+        explained = ~np.isnan(rows["spearman"][:, 0])
+        if not explained.any():
+            raise Failure(f"all maps of {cascade.method.name} are constant: choose other images")
+        rows = {name: values[explained] for name, values in rows.items()}
         figures = {
             "method": cascade.method.name,
             "part": cascade.part,
@@ -326,7 +331,8 @@ class Check:
         """The similarities of the images ``[1, steps]``, one image at a time.
 
         Each image has a random network of its own, so that means and intervals are those over
-        images and networks.
+        images and networks. The similarities of an image whose original map is constant, as a map
+        of Grad-CAM can be, are NaN.
         """
         explain, seed = self.config.explain, self.config.seed
         preprocessing = self.run.backbone.preprocessing
@@ -337,6 +343,8 @@ class Check:
             original, *after = cascade_maps(cascade, image, explain, [seed, *index.tolist()])
             compared = [similarities(original, one, image.shape[:2]) for one in after]
             columns = {name: np.array([[step[name] for step in compared]]) for name in MEASURES}
+            if np.ptp(original) == 0:
+                columns = {name: np.full_like(x, np.nan) for name, x in columns.items()}
             yield {"index": index, **columns}
 
     def draw_maps(self) -> None:
