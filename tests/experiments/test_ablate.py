@@ -8,7 +8,8 @@ from tiny import TINY
 
 from ttame_jax.attention import VARIANTS
 from ttame_jax.cli import main
-from ttame_jax.config import preset
+from ttame_jax.config import TrainConfig, preset
+from ttame_jax.experiments import ablate as module
 from ttame_jax.experiments import sweep
 from ttame_jax.experiments.ablate import (
     Ablation,
@@ -182,25 +183,37 @@ def test_one_run_that_diverges_does_not_stop_the_others(pictures, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("over", "options", "message"),
     [
-        ("", "nothing to compare: ttame ablate --over variant"),
-        ("--over", "nothing to compare"),
-        ("--over variant --over variant ttame", "--over variant is given twice"),
-        ("--over seed 1 2 --seeds 2", "give either --seeds or --over seed"),
-        ("--over variant --seeds 0", "--seeds must be at least 1"),
-        ("--over variant --evaluation-images 0", "--evaluation-images must be at least 1"),
-        ("--over variant --measures none", "unknown metric 'none'"),
-        ("--over learning-rate 1e-3 0", "learning_rate must be positive"),
-        ("--over loss.recipe papers", "it can be paper, reference"),
-        ("--over start --over variant", "--start head needs"),
+        ((), {}, "nothing to compare: ttame ablate --over variant"),
+        (((),), {}, "nothing to compare"),
+        ((("variant",), ("variant", "ttame")), {}, "--over variant is given twice"),
+        ((("seed", "1", "2"),), {"seeds": 2}, "give either --seeds or --over seed"),
+        ((("variant",),), {"seeds": 0}, "--seeds must be at least 1"),
+        ((("variant",),), {"evaluation_images": 0}, "--evaluation-images must be at least 1"),
+        ((("variant",),), {"measures": ("none",)}, "unknown metric 'none'"),
+        ((("learning-rate", "1e-3", "0"),), {}, "learning_rate must be positive"),
+        ((("start",), ("variant",)), {}, "--start head needs"),
     ],
 )
-def test_mistakes_end_with_one_line_before_anything_is_trained(
-    words, message, tmp_path, pictures, refusal
+def test_mistakes_are_refused_before_anything_is_trained(
+    over, options, message, tmp_path, pictures, monkeypatch
 ):
-    output = tmp_path / "out"
-    command = ["ablate", "--backbone", "vit", "--weights", "None", "--output", output]
-    status, said = refusal([*command, "--dataset", f"folder:{pictures}", *words.split()])
-    assert status == 2 and said.startswith("ttame: ") and message in said
-    assert not [path for path in output.rglob("*") if path.is_dir()]
+    monkeypatch.setattr(sweep, "train", lambda run: pytest.fail("trained"))
+    config = TrainConfig(
+        backbone="vit",
+        backbone_config=TINY,
+        weights=None,
+        dataset=f"folder:{pictures}",
+        output=tmp_path / "out",
+    )
+    with pytest.raises(ValueError, match=message):
+        module.ablate(config, Ablation(over=over, **options))
+    assert not [path for path in tmp_path.rglob("*") if path.is_dir() and path.name != "out"]
+
+
+def test_the_command_ends_with_one_line(tmp_path, refusal):
+    words = ["--backbone", "vit", "--output", tmp_path / "out", "--over", "loss.recipe", "papers"]
+    status, said = refusal(["ablate", *words])
+    assert status == 2 and not (tmp_path / "out").exists()
+    assert said.startswith("ttame: --over loss.recipe cannot be 'papers'; it can be paper")

@@ -54,17 +54,6 @@ class Ablation:
     """Largest number of images to evaluate on, evenly spread."""
     measures: MetricNames = ("ad", "ic")
 
-    def __post_init__(self):
-        if self.seeds < 1:
-            raise ValueError(f"--seeds must be at least 1, not {self.seeds}")
-        if not any(self.over):
-            raise ValueError("nothing to compare: ttame ablate --over variant")
-        if self.evaluation_images < 1:
-            raise ValueError(
-                f"--evaluation-images must be at least 1, not {self.evaluation_images}"
-            )
-        self.options()
-
     def options(self, **given: Any) -> EvaluationOptions:
         """Images and metrics, for `EvaluationSetup`."""
         return EvaluationOptions(
@@ -95,6 +84,7 @@ def ablate(config: TrainConfig, ablation: Ablation) -> list["Result"]:
       ValueError: a setting cannot be trained (raised before any training).
       Failure: all runs diverge, or another process writes to the output.
     """
+    _check(ablation)
     axes, maskings = _axes(config, ablation)
     trials = grid(config, axes)
     check_output_folder(config.output)
@@ -149,6 +139,15 @@ class Result:
         spread = jax.tree.map(lambda *values: float(np.std(values, ddof=1)), *measured)
         intervals = jax.tree.map(lambda m, s: [m - s, m + s], mean, spread)
         return runs[0] | mean | {"intervals": intervals}
+
+
+def _check(ablation: Ablation) -> None:
+    if not any(ablation.over):
+        raise ValueError("nothing to compare: ttame ablate --over variant")
+    for name in ("seeds", "evaluation_images"):
+        if (value := getattr(ablation, name)) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    ablation.options()  # checks the metrics
 
 
 def _axes(config: TrainConfig, ablation: Ablation) -> tuple[list[Axis], list[Masking | None]]:
