@@ -119,6 +119,28 @@ def test_what_is_finished_is_not_computed_again_and_what_is_not_resumes(
     assert whole["mean"] == resumed["mean"]
 
 
+@pytest.mark.parametrize("constant", [1, 3])
+def test_images_with_a_constant_original_map_are_left_out(
+    constant, run, tmp_path, monkeypatch, undrawn, refusal
+):
+    seen = []
+
+    def maps(cascade, image, explain, seeds):
+        seen.append(seeds)
+        drawn = np.linspace(0, 1, 6 * 16, dtype=np.float32).reshape(6, 4, 4) ** len(seen)
+        return np.concatenate([drawn[:1] * (len(seen) > constant), drawn[1:]])
+
+    monkeypatch.setattr(module, "cascade_maps", maps)
+    words = ["sanity", "--run", run, "--limit", "3", "--methods", "gradcam", "--pictures", "0"]
+    if constant == 3:
+        status, said = refusal([*words, "--output", tmp_path])
+        assert status == 1 and "all maps of gradcam are constant" in said
+        return
+    main([*map(str, words), "--output", str(tmp_path)])
+    figures = json.loads((tmp_path / "gradcam_backbone.json").read_text())
+    assert figures["images"] == 2 and figures["mean"]["spearman"] == pytest.approx([1] * 5)
+
+
 @pytest.mark.parametrize("name", ["ttame", "gradcam"])
 def test_a_cascade_that_changes_nothing_gives_exactly_1(name, methods, images, monkeypatch):
     monkeypatch.setattr(module, "permuted", lambda tensor, path, seeds: tensor)

@@ -286,8 +286,9 @@ def markdown(results: Sequence[Result]) -> str:
 def latex(results: Sequence[Result]) -> str:
     """A LaTeX table, which needs the package booktabs, as `markdown`."""
     head, *body = _lines(results, tables.marked_in_latex)
-    one = results[0].mean()
-    caption = f"{one['backbone']}, {one['images']} images."
+    means = [result.mean() for result in results]
+    backbones = ", ".join(dict.fromkeys(one["backbone"] for one in means))
+    caption = f"{backbones}, {max(one['images'] for one in means)} images."
     if any(len(result.figures) > 1 for result in results):
         caption = f"Means and standard deviations over runs. {caption}"
     labels = len(results[0].labels)

@@ -66,7 +66,7 @@ MEASURES = {
 """The similarities of two maps, and their titles. All are 1 for equal maps."""
 
 HOG_CELLS = 14
-"""Cells of a histogram along a side: 16 pixels each at 224 pixels, as Adebayo et al. have."""
+"""Cells of histograms along a side: of 16 pixels each at 224 pixels."""
 LEAST_CELL = 8
 """Smallest side of a cell in pixels."""
 
