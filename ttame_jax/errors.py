@@ -23,6 +23,7 @@ EXTRAS = {
     "onnx": "onnx",
     "jinja2": "demo",
     "sklearn": "demo",
+    "skimage": "sanity",
 }
 """The extra that has a module."""
 

@@ -32,13 +32,21 @@ def explanation_grid(
 ) -> Figure:
     """Images ``[N, H, W, 3]`` uint8 in columns, above one row per method with its maps ``[N, h, w]``
     over the images (the paper's Fig. 15)."""
-    rows: dict[str, Sequence[np.ndarray] | np.ndarray] = {"image": images}
+    rows: list[tuple[str, Sequence[np.ndarray] | np.ndarray]] = [("image", images)]
     for name, of_images in maps.items():
-        rows[name] = [overlay(image, one) for image, one in zip(images, of_images)]
-    size = (1.5 * len(images) + 0.4, 1.5 * len(rows) + 0.3)
+        rows.append((name, [overlay(image, one) for image, one in zip(images, of_images)]))
+    return picture_grid(rows, titles)
+
+
+def picture_grid(
+    rows: Sequence[tuple[str, Sequence[np.ndarray] | np.ndarray]], titles: Sequence[str]
+) -> Figure:
+    """Rows of pictures ``[H, W, 3]`` uint8 with the rows' names, below the titles of the columns."""
+    columns = len(rows[0][1])
+    size = (1.5 * columns + 0.4, 1.5 * len(rows) + 0.3)
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(rows), len(images), squeeze=False)
-    for axes_row, (name, pictures) in zip(grid, rows.items()):
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes_row, (name, pictures) in zip(grid, rows):
         for axes, picture in zip(axes_row, pictures):
             axes.imshow(picture)
             axes.set(xticks=[], yticks=[])

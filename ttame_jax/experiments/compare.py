@@ -15,7 +15,7 @@ from flax import nnx
 from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import Backbone
 from ttame_jax.data import evaluation_batches, thin
-from ttame_jax.errors import Damaged, Failure
+from ttame_jax.errors import Failure
 from ttame_jax.experiments import tables
 from ttame_jax.experiments.arguments import Names
 from ttame_jax.experiments.cost import estimate, is_slow
@@ -24,7 +24,7 @@ from ttame_jax.experiments.evaluate import (
     EvaluationOptions,
     EvaluationSetup,
     MetricNames,
-    read_figures,
+    known_figures,
 )
 from ttame_jax.files import check_output_folder, locked, to_json, write_atomically
 from ttame_jax.labels import label
@@ -163,7 +163,7 @@ class Comparison:
         """The figures of a method, from its file if that has the same settings."""
         path = self.config.output / f"{name}.json"
         settings = self._settings(name)
-        if (figures := _read(path)) and figures.get("settings") == settings:
+        if figures := known_figures(path, settings):
             return figures
         method = self.method(name)
         indices = thin(self.setup.indices, self.config.limits.get(name))
@@ -226,14 +226,6 @@ class Comparison:
         path = self.config.output / "maps.png"
         save_figure(explanation_grid(pictures, rows, titles), path)
         print(path)
-
-
-def _read(path: Path) -> dict:
-    """The figures in a file; empty if it does not exist or is damaged."""
-    try:
-        return read_figures(path) if path.is_file() else {}
-    except Damaged:
-        return {}
 
 
 @nnx.jit

@@ -12,6 +12,7 @@ import tyro
 
 from ttame_jax import files
 from ttame_jax.attention import AttentionMechanism
+from ttame_jax.backbones import Backbone
 from ttame_jax.data import BoxedSource, Source, load_source, read_boxes, select
 from ttame_jax.data.transforms import MAX_PIXELS
 from ttame_jax.errors import Damaged
@@ -32,8 +33,8 @@ MetricNames = Annotated[
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
-    """Images and metrics of an evaluation."""
+class ImageOptions:
+    """Images to explain with a run."""
 
     dataset: str | None = None
     """A TFDS data set, folder:DIR or digits. The default is the run's data set."""
@@ -45,6 +46,54 @@ class EvaluationOptions:
     """The largest number of images; they are evenly spaced in the split."""
     list: Path | None = None
     """A file that selects images, with one FILENAME LABEL per line like the authors' lists."""
+    max_pixels: int = MAX_PIXELS
+    """Images with more pixels count as unreadable."""
+    seed: int = 0
+    """Seed of ROAD's noise, or of the randomisation of ttame sanity."""
+    weights: str | None = None
+    """The backbone's weights, if they have moved since the run. FILE.py:FUNCTION for a run on a
+    function of yours, whose code runs only if you name it."""
+
+    def __post_init__(self):
+        if self.max_pixels < 1:
+            raise ValueError(f"--max-pixels must be at least 1, not {self.max_pixels}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed must be at least 0 and below 2**63, not {self.seed}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"--limit must be at least 1, not {self.limit}")
+        if self.dataset == "":
+            raise ValueError("--dataset is empty: give a TFDS name, folder:DIR or digits")
+
+    def load(self, run: Run) -> tuple[Source, np.ndarray]:
+        """The source, and the indices (int64 [N]) of the images in it.
+
+        Args:
+          run: supplies the defaults.
+        """
+        source = load_source(
+            self.dataset or run.config.dataset,
+            self.split,
+            self.data_dir or run.config.data_dir,
+            self.max_pixels,
+        )
+        return source, select(source, self.list, self.limit)
+
+
+def image_inputs(backbone: Backbone, source: Source, indices: np.ndarray) -> dict[str, str]:
+    """Fingerprints of weights and images."""
+    selected = files.digest([np.asarray(indices, np.int64)])
+    return {
+        "weights": digest(backbone),
+        "images": f"{source.fingerprint}, selection {selected}",
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(ImageOptions):
+    """Images and metrics of an evaluation."""
+
+    batch_size: int = 32
+    """Images per batch, over all devices."""
     boxes: Path | None = None
     """A CSV file of the objects' boxes: file_name,xmin,ymin,xmax,ymax, in fractions of the image.
     Metrics of localisation leave out images without a box."""
@@ -53,29 +102,14 @@ class EvaluationOptions:
     """How a map masks an image for AD and IC. The default is the setting in the run's
     configuration, or else the backbone's own masking. The authors' code masks pixels for every
     backbone."""
-    batch_size: int = 32
-    """Images per batch, over all devices."""
-    max_pixels: int = MAX_PIXELS
-    """Images with more pixels count as unreadable."""
-    seed: int = 0
-    """Seed of ROAD's noise."""
-    weights: str | None = None
-    """The backbone's weights, if they have moved since the run. FILE.py:FUNCTION for a run on a
-    function of yours, whose code runs only if you name it."""
 
     def __post_init__(self):
-        for name in ("batch_size", "max_pixels"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed must be at least 0 and below 2**63, not {self.seed}")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"--limit must be at least 1, not {self.limit}")
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size must be at least 1, not {self.batch_size}")
         if not self.measures:
             raise ValueError(f"no metric given: --measures takes {', '.join(list_metrics())}")
         load_metrics(self.measures)  # fails before anything is loaded
-        if self.dataset == "":
-            raise ValueError("--dataset is empty: give a TFDS name, folder:DIR or digits")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,20 +167,10 @@ class EvaluationSetup:
 
     def __init__(self, options: EvaluationOptions, run: Run):
         self.options = options
-        self.source: Source = load_source(
-            options.dataset or run.config.dataset,
-            options.split,
-            options.data_dir or run.config.data_dir,
-            options.max_pixels,
-        )
-        self.indices = select(self.source, options.list, options.limit)
+        self.source, self.indices = options.load(run)
         if options.boxes is not None:
             self.source = self._with_boxes(options.boxes)
-        selected = files.digest([np.asarray(self.indices, np.int64)])
-        self.inputs = {
-            "weights": digest(run.backbone),
-            "images": f"{self.source.fingerprint}, selection {selected}",
-        }
+        self.inputs = image_inputs(run.backbone, self.source, self.indices)
         own = run.backbone.masking
         choice = options.masking or run.config.evaluation_masking or own
         self.masking: Masking = own if choice == "backbone" else choice
@@ -194,7 +218,7 @@ class EvaluationSetup:
         with locked(output, folder=False):
             resumable = ResumableRows(output, settings)
             wanted = self.indices if indices is None else indices
-            rows, seconds = resumable.collect(evaluator, wanted)
+            rows, seconds = resumable.collect(lambda left: evaluator.batches(indices=left), wanted)
             if jax.process_index() > 0:
                 return {}
             figures = {
@@ -224,6 +248,15 @@ def read_figures(path: Path) -> dict[str, Any]:
         return check_seal(json.loads(path.read_text()))
     except (ValueError, AttributeError) as error:
         raise Damaged(f"{path} is not a file of figures: {error}") from error
+
+
+def known_figures(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures in a file; empty if it does not exist, is damaged or has other settings."""
+    try:
+        figures = read_figures(path) if path.is_file() else {}
+    except Damaged:
+        return {}
+    return figures if figures.get("settings") == settings else {}
 
 
 def table(figures: Mapping[str, Any]) -> str:

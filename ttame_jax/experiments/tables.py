@@ -3,7 +3,7 @@
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
@@ -77,6 +77,17 @@ def _cells(figures: Sequence[Figures], rows: Sequence[Row], cell: Cell) -> list[
     return [*body, ["FP↓", *(str(one["forward_passes"]) for one in figures)]]
 
 
+def marked_in_markdown(value: str, rank: int | None) -> str:
+    """A value, bold if it is the best and underlined if it is the second best."""
+    return {0: f"**{value}**", 1: f"<u>{value}</u>"}.get(-1 if rank is None else rank, value)
+
+
+def marked_in_latex(value: str, rank: int | None) -> str:
+    """As `marked_in_markdown`."""
+    marks = {0: rf"\textbf{{{value}}}", 1: rf"\underline{{{value}}}"}
+    return marks.get(-1 if rank is None else rank, value)
+
+
 def titles(figures: Sequence[Figures]) -> list[str]:
     """Returns the methods' titles, with the number of images if others have more."""
     most = max(one["images"] for one in figures)
@@ -89,18 +100,25 @@ def titles(figures: Sequence[Figures]) -> list[str]:
 
 def markdown(figures: Sequence[Figures], rows: Sequence[Row]) -> str:
     """Formats a Markdown table; the best value of a row is bold, the second underlined."""
-    marks: dict[int | None, str] = {0: "**{}**", 1: "<u>{}</u>"}
-    body = _cells(figures, rows, lambda value, rank: marks.get(rank, "{}").format(value))
+    body = _cells(figures, rows, marked_in_markdown)
     head = [["measure", *titles(figures)], ["---"] * (len(figures) + 1)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in [*head, *body])
+    return markdown_table([*head, *body])
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Formats lines of cells, the second of which are dashes, as a Markdown table."""
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def comma_separated(figures: Sequence[Figures], rows: Sequence[Row]) -> str:
     """Formats CSV with plain values."""
+    return csv_table([["measure", *titles(figures)], *_cells(figures, rows, lambda v, rank: v)])
+
+
+def csv_table(lines: Iterable[Iterable[Any]]) -> str:
+    """Formats lines of cells as CSV."""
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["measure", *titles(figures)])
-    writer.writerows(_cells(figures, rows, lambda value, rank: value))
+    csv.writer(buffer, lineterminator="\n").writerows(lines)
     return buffer.getvalue()
 
 
@@ -110,8 +128,7 @@ def latex(figures: Sequence[Figures], rows: Sequence[Row]) -> str:
     The best value of a row is bold, the second underlined. A line below each row has the 95 %
     intervals. The caption has the backbone and the number of images.
     """
-    marks: dict[int | None, str] = {0: r"\textbf{%s}", 1: r"\underline{%s}"}
-    *body, passes = _cells(figures, rows, lambda value, rank: marks.get(rank, "%s") % value)
+    *body, passes = _cells(figures, rows, marked_in_latex)
     text = []
     for row, cells in zip(rows, body, strict=True):
         small = (rf"{{\scriptsize [{low:.1f}, {high:.1f}]}}" for low, high in row.intervals)
@@ -119,18 +136,35 @@ def latex(figures: Sequence[Figures], rows: Sequence[Row]) -> str:
     backbone, images = figures[0]["backbone"], max(one["images"] for one in figures)
     caption = f"Explanation methods on {backbone}, {images} images, with 95 % intervals; FP is the "
     caption += "number of forward passes per image."
+    text += [r"\midrule", _latex_line(passes)]
+    return _latex_table(caption, "l" + "r" * len(figures), ["Measure", *titles(figures)], text)
+
+
+def latex_table(
+    caption: str, columns: str, head: Sequence[str], body: Sequence[Sequence[str]]
+) -> str:
+    """Formats lines of cells as a LaTeX table, which needs the package booktabs.
+
+    Args:
+      caption: plain text.
+      columns: their alignment, such as "lrr".
+      head: the titles of the columns.
+      body: the lines of cells.
+    """
+    return _latex_table(caption, columns, head, list(map(_latex_line, body)))
+
+
+def _latex_table(caption: str, columns: str, head: Sequence[str], text: Sequence[str]) -> str:
     return "\n".join(
         [
             r"\begin{table}",
             r"\centering",
             rf"\caption{{{caption.translate(_LATEX)}}}",
-            rf"\begin{{tabular}}{{l{'r' * len(figures)}}}",
+            rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
-            _latex_line(["Measure", *titles(figures)]),
+            _latex_line(head),
             r"\midrule",
             *text,
-            r"\midrule",
-            _latex_line(passes),
             r"\bottomrule",
             r"\end{tabular}",
             r"\end{table}",
@@ -143,7 +177,9 @@ def _latex_line(cells: Sequence[str]) -> str:
     return " & ".join(cells).translate(_LATEX) + r" \\"
 
 
-_LATEX = str.maketrans({"%": r"\%", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "_": r"\_"})
+_LATEX = str.maketrans(
+    {"%": r"\%", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "_": r"\_", "±": r"$\pm$"}
+)
 
 FORMATS = {"md": markdown, "csv": comma_separated, "tex": latex}
 """Formatting functions by file extension."""

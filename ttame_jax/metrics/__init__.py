@@ -18,7 +18,7 @@ from ttame_jax.metrics.auc import Deletion, Insertion
 from ttame_jax.metrics.pointing import PointingGame
 from ttame_jax.metrics.energy import Energy
 from ttame_jax.metrics.maxboxacc import MaxBoxAcc
-from ttame_jax.metrics.evaluation import Evaluator, intervals, summarise
+from ttame_jax.metrics.evaluation import Evaluator, bootstrap, intervals, summarise
 # isort: on
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "RoadReference",
     "Sample",
     "TableRow",
+    "bootstrap",
     "intervals",
     "list_metrics",
     "load_metric",

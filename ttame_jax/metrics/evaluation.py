@@ -1,7 +1,7 @@
 """Measures an explanation method image by image, data-parallel, and averages over the images."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -168,11 +168,27 @@ def summarise(rows: Rows, metrics: Sequence[str]) -> dict[str, Any]:
 
 def intervals(rows: Rows, metrics: Sequence[str], resamples: int = 1000) -> dict[str, Any]:
     """Returns bootstrap 95 % intervals: the tree of `summarise` with leaves `[low, high]`."""
+    return bootstrap(rows, lambda rows: summarise(rows, metrics), resamples)
+
+
+def bootstrap(
+    rows: Rows, summarise: Callable[[Rows], dict[str, Any]], resamples: int = 1000
+) -> dict[str, Any]:
+    """Returns bootstrap 95 % intervals of a summary of rows.
+
+    Args:
+      rows: one for each image.
+      summarise: returns a tree of numbers.
+      resamples: number of resamplings of the images.
+
+    Returns:
+      The tree, with leaves `[low, high]`.
+    """
     rng, count = np.random.default_rng(0), len(rows["index"])
     trees = []
     for _ in range(resamples):
         chosen = rng.integers(count, size=count)
-        trees.append(summarise({name: x[chosen] for name, x in rows.items()}, metrics))
+        trees.append(summarise({name: x[chosen] for name, x in rows.items()}))
     return jax.tree.map(lambda *v: np.nanpercentile(v, (2.5, 97.5)).tolist(), *trees)
 
 
