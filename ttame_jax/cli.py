@@ -188,6 +188,27 @@ def _curves(args: Arguments) -> Command:
     return curves
 
 
+def _figures(args: Arguments) -> Command:
+    """Draw the maps of several classifiers or classes as a figure for print."""
+    import tyro
+
+    from ttame_jax.experiments.figures import FiguresConfig
+    from ttame_jax.experiments.figures import figures as draw_figures
+
+    def figures(config: Annotated[FiguresConfig, tyro.conf.arg(name="")]) -> None:
+        """Draw the maps of several classifiers or classes as a figure for print: SVG, PDF and PNG.
+
+        $ ttame figures cat.jpg dog.jpg --run runs/vgg16 runs/resnet50 runs/vit_b16
+
+        $ ttame figures cat.jpg --run runs/vit_b16 --classes top2
+
+        $ ttame figures --run runs/vit_b16 --split validation --classes mistakes --limit 4
+        """
+        draw_figures(config)
+
+    return figures
+
+
 def _prepare(args: Arguments) -> Command:
     """Prepare a TFDS data set for training."""
     import tyro
@@ -244,6 +265,7 @@ COMMANDS: dict[str, Callable[[Arguments], Command]] = {
     "evaluate": _evaluate,
     "compare": _compare,
     "curves": _curves,
+    "figures": _figures,
     "lr-find": _lr_find,
     "prepare": _prepare,
     "convert": _convert,

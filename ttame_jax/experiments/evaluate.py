@@ -32,8 +32,8 @@ MetricNames = Annotated[
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
-    """Images and metrics of an evaluation."""
+class Selection:
+    """Images of a data set."""
 
     dataset: str | None = None
     """A TFDS data set, folder:DIR or digits. The default is the run's data set."""
@@ -45,6 +45,18 @@ class EvaluationOptions:
     """The largest number of images; they are evenly spaced in the split."""
     list: Path | None = None
     """A file that selects images, with one FILENAME LABEL per line like the authors' lists."""
+
+    def __post_init__(self):
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"--limit must be at least 1, not {self.limit}")
+        if self.dataset == "":
+            raise ValueError("--dataset is empty: give a TFDS name, folder:DIR or digits")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(Selection):
+    """Images and metrics of an evaluation."""
+
     measures: MetricNames = ("ad", "ic")
     masking: MaskingChoice | None = None
     """How a map masks an image for AD and IC. The default is the setting in the run's
@@ -61,18 +73,15 @@ class EvaluationOptions:
     function of yours, whose code runs only if you name it."""
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("batch_size", "max_pixels"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must be at least 0 and below 2**63, not {self.seed}")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"--limit must be at least 1, not {self.limit}")
         if not self.measures:
             raise ValueError(f"no metric given: --measures takes {', '.join(list_metrics())}")
         load_metrics(self.measures)  # fails before anything is loaded
-        if self.dataset == "":
-            raise ValueError("--dataset is empty: give a TFDS name, folder:DIR or digits")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
