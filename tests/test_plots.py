@@ -4,7 +4,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ttame_jax.plots import Panel, explanation_grid, picture_grid, save_figure
+from ttame_jax.plots import Panel, explanation_grid, inline_svg, picture_grid, save_figure
 
 pytestmark = pytest.mark.quick
 
@@ -33,6 +33,16 @@ def test_the_same_figure_gives_the_same_file(kind, tmp_path):
 
 def test_titles_are_not_read_as_formulas(tmp_path):
     save_figure(grid(r"$100 bill \frac{ $"), tmp_path / "a.svg")
+
+
+def test_a_figure_in_a_page_takes_the_colour_of_its_text():
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot([0, 1], color="black", label="loss")
+    axes.legend()
+    svg = inline_svg(figure)
+    assert svg.startswith("<svg") and "#000000" not in svg and "currentColor" in svg
+    assert ">loss</text>" in svg and "#ffffff" not in svg
 
 
 def boxes(figure: Figure) -> np.ndarray:

@@ -209,6 +209,25 @@ def _figures(args: Arguments) -> Command:
     return figures
 
 
+def _report(args: Arguments) -> Command:
+    """Evaluate a run and write its report, one HTML file."""
+    import tyro
+
+    from ttame_jax.experiments.report import ReportConfig
+    from ttame_jax.experiments.report import report as write_report
+
+    def report(config: Annotated[ReportConfig, tyro.conf.arg(name="")]) -> None:
+        """Evaluate a run and write its report, one HTML file that needs no network.
+
+        $ ttame report --run runs/vit_b16
+
+        $ ttame report --run runs/vit_b16 --dataset folder:photographs --output vit_b16.html
+        """
+        write_report(config)
+
+    return report
+
+
 def _prepare(args: Arguments) -> Command:
     """Prepare a TFDS data set for training."""
     import tyro
@@ -242,13 +261,13 @@ def _convert(args: Arguments) -> Command:
 
 
 def _demo(args: Arguments) -> Command:
-    """Train and explain a small classifier of digits, and write a page of pictures."""
+    """Train and explain a small classifier of digits, and write the report of its run."""
 
     def demo(output: Path = Path("demo")) -> None:
-        """Train and explain a small classifier of digits, and write a page of pictures.
+        """Train and explain a small classifier of digits, and write the report of its run.
 
         Args:
-          output: Folder for the runs and for index.html.
+          output: Folder for the classifier, its run, a few pictures and index.html, the report.
         """
         from ttame_jax.experiments.demo import run_demo
 
@@ -266,6 +285,7 @@ COMMANDS: dict[str, Callable[[Arguments], Command]] = {
     "compare": _compare,
     "curves": _curves,
     "figures": _figures,
+    "report": _report,
     "lr-find": _lr_find,
     "prepare": _prepare,
     "convert": _convert,

@@ -1,6 +1,7 @@
 """Plots, drawn with Matplotlib."""
 
 import io
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -147,6 +148,22 @@ def explanation_grid(
     }
     first = ("image", [Panel(image, title) for image, title in zip(images, titles)])
     return picture_grid([first, *overlays.items()])
+
+
+def inline_svg(figure: Figure) -> str:
+    """A figure as an SVG element for a web page, whose text colour and fonts it takes."""
+    figure.patch.set_visible(False)
+    for axes in figure.axes:
+        axes.patch.set_visible(False)
+        if legend := axes.get_legend():
+            legend.set_frame_on(False)
+    buffer, none = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.hashsalt": "ttame", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata=none)
+    element = buffer.getvalue().partition("<svg")[2]
+    # Ids would not be unique on a page with several figures.
+    named = re.sub(r'<g id="[^"]*"', "<g", f"<svg{element}")
+    return named.replace("#000000", "currentColor")
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int = 120) -> None:

@@ -20,6 +20,7 @@ from ttame_jax.experiments.resumable import ResumableRows
 from ttame_jax.files import check_seal, locked, seal, to_json, write_atomically
 from ttame_jax.methods import Method, list_methods, load_method
 from ttame_jax.metrics import Evaluator, intervals, list_metrics, load_metrics, summarise
+from ttame_jax.metrics.base import Rows
 from ttame_jax.preprocessing import Masking
 from ttame_jax.runs import Run, load_run
 from ttame_jax.weights.transfer import digest
@@ -177,29 +178,14 @@ class EvaluationSetup:
         Returns:
           The contents of the file. Empty in all processes but the first.
         """
-        options = self.options
-        evaluator = Evaluator(
-            method,
-            self.source,
-            masking=self.masking,
-            metrics=options.measures,
-            batch_size=options.batch_size,
-            seed=options.seed,
-        )
         with locked(output, folder=False):
             resumable = ResumableRows(output, settings)
             wanted = self.indices if indices is None else indices
-            rows, seconds = resumable.collect(evaluator, wanted)
+            rows, seconds = resumable.collect(self.evaluator(method), wanted)
             if jax.process_index() > 0:
                 return {}
             figures = {
-                "images": len(rows["index"]),
-                "method": method.name,
-                "backbone": method.backbone.name,
-                "masking": self.masking,
-                **summarise(rows, options.measures),
-                "intervals": intervals(rows, options.measures),
-                "forward_passes": method.forward_passes,
+                **self.summarise(method, rows),
                 "seconds_per_image": seconds / len(rows["index"]),
                 "settings": settings,
             }
@@ -207,6 +193,29 @@ class EvaluationSetup:
             write_atomically(output, to_json(seal(figures), indent=2) + "\n")
             resumable.remove()
         return figures
+
+    def evaluator(self, method: Method) -> Evaluator:
+        """Measures a method on the images of the setup."""
+        return Evaluator(
+            method,
+            self.source,
+            masking=self.masking,
+            metrics=self.options.measures,
+            batch_size=self.options.batch_size,
+            seed=self.options.seed,
+        )
+
+    def summarise(self, method: Method, rows: Rows) -> dict[str, Any]:
+        """The figures of a method: means over the rows in %, and their intervals."""
+        return {
+            "images": len(rows["index"]),
+            "method": method.name,
+            "backbone": method.backbone.name,
+            "masking": self.masking,
+            **summarise(rows, self.options.measures),
+            "intervals": intervals(rows, self.options.measures),
+            "forward_passes": method.forward_passes,
+        }
 
 
 def read_figures(path: Path) -> dict[str, Any]:
