@@ -20,7 +20,7 @@ EXTRAS = {
     "huggingface_hub": "hub",
     "gradio": "serve",
     "onnx": "onnx",
-    "jinja2": "demo",
+    "jinja2": "report",
     "sklearn": "demo",
 }
 """The extra that has a module."""

@@ -12,7 +12,6 @@ import jax
 import jinja2
 import numpy as np
 from flax import nnx
-from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -119,8 +118,8 @@ def _page(
         note=note,
         facts=_facts(config, run, settings, figures),
         tables=comparison_tables([figures]),
-        road=_svg(curves.draw({"": figures})) if "ROAD" in figures else "",
-        training=[(text, _svg(figure)) for text, figure in _training_curves(config.run)],
+        road=inline_svg(curves.draw({"": figures})) if "ROAD" in figures else "",
+        training=[(text, inline_svg(figure)) for text, figure in _training_curves(config.run)],
         gallery={
             name: [*_gallery(setup, explainer, rows, places)]
             for name, places in chosen.items()
@@ -151,10 +150,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def _svg(figure: Figure) -> Markup:
-    return Markup(inline_svg(figure))
 
 
 def _training_curves(folder: Path) -> Iterator[tuple[str, Figure]]:
