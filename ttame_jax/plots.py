@@ -155,8 +155,8 @@ def inline_svg(figure: Figure) -> str:
     figure.patch.set_visible(False)
     for axes in figure.axes:
         axes.patch.set_visible(False)
-        if legend := axes.get_legend():
-            legend.set_frame_on(False)
+    for legend in (*figure.legends, *filter(None, (axes.get_legend() for axes in figure.axes))):
+        legend.set_frame_on(False)
     buffer, none = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": "ttame", "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata=none)

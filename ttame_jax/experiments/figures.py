@@ -10,14 +10,13 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from ttame_jax.data import load_source, select, thin
+from ttame_jax.data import Source, load_source, select, thin
 from ttame_jax.data.transforms import decode, open_picture
 from ttame_jax.experiments.evaluate import Selection
 from ttame_jax.experiments.explain import Drawing, MethodConfig, find_images, parse_classes
 from ttame_jax.explainer import Explainer
 from ttame_jax.explanation import Explanation
 from ttame_jax.files import check_output_folder
-from ttame_jax.labels import label, readable
 from ttame_jax.plots import Panel, picture_grid, save_figure
 from ttame_jax.runs import load_config
 
@@ -103,23 +102,23 @@ def figures(config: FiguresConfig) -> None:
 
 
 class Photograph(NamedTuple):
-    """A picture, and its label if it is in a data set, -1 if it is unknown."""
+    """A picture, and its label (-1 is unknown) if it is in a data set."""
 
     image: Image.Image
     label: int = -1
-    class_names: Sequence[str] | None = None
+    source: Source | None = None
 
     @property
     def title(self) -> str:
         """The name of the true class; empty if it is unknown."""
-        names = self.class_names and readable(self.class_names)
-        return "" if self.label < 0 else label(self.label, names)
+        return self.source.label_name(self.label) if self.source else ""
 
     def true_class(self, explainer: Explainer) -> int | None:
         """The classifier's class of the label, by its name if both have names."""
-        if self.label >= 0 and self.class_names and explainer.class_names:
+        names = self.source.class_names if self.source else None
+        if names and explainer.class_names and self.label >= 0:
             try:
-                return explainer.class_ids([self.class_names[self.label]])[0]
+                return explainer.class_ids([names[self.label]])[0]
             except ValueError:
                 return None
         return self.label if 0 <= self.label < explainer.backbone.num_classes else None
@@ -156,7 +155,7 @@ def _photographs(config: FiguresConfig) -> Iterator[Photograph]:
         Photograph(
             decode(record["image"], max_pixels=config.max_pixels),
             record["label"],
-            source.class_names,
+            source,
         )
         for record in records
     )

@@ -32,6 +32,7 @@ from ttame_jax.metrics.confidence import PERCENTAGES
 from ttame_jax.plots import inline_svg, line_style
 from ttame_jax.preprocessing import to_float
 from ttame_jax.runs import Run, load_class_names, load_run
+from ttame_jax.training.log import read_lines
 
 NAME = "report.html"
 EXAMPLES = 12  # pictures, evenly spaced
@@ -138,7 +139,8 @@ def _facts(config: ReportConfig, run: Run, settings: Mapping, figures: Mapping) 
     return {
         "Classifier": f"{run.backbone.name}, {run.backbone.num_classes} classes, frozen",
         "Trained parameters": f"{parameters:,} of the attention mechanism ({run.config.variant})",
-        "Training": f"{run.config.epochs} epochs on {settings['dataset']}; checkpoint of step {run.step:,}",
+        "Training images": settings["dataset"],
+        "Epochs": f"{run.config.epochs}; checkpoint of step {run.step:,}",
         "Evaluation": f"{figures['images']:,} images of {config.dataset or settings['dataset']} "
         f"({config.split}), {figures['masking']} masking",
     }
@@ -154,9 +156,14 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def _training_curves(folder: Path) -> Iterator[tuple[str, Figure]]:
     """The curves of a run, each with its values in words. None for logs that are missing."""
-    steps, epochs = (_read(folder / f"{name}.jsonl") for name in ("metrics", "validation"))
+    steps, epochs = (read_lines(folder / f"{name}.jsonl") for name in ("metrics", "validation"))
     plots = [
-        ("Loss and its terms", steps, "step", {name: name for name in LOSS_TERMS}),
+        (
+            "Loss and its terms",
+            steps,
+            "step",
+            {name: name.replace("_", " ") for name in LOSS_TERMS},
+        ),
         ("Learning rate", steps, "step", {"learning_rate": "learning rate"}),
     ]
     for key in ("AD", "IC"):
@@ -165,11 +172,6 @@ def _training_curves(folder: Path) -> Iterator[tuple[str, Figure]]:
     for title, lines, x, names in plots:
         if lines:
             yield _plot(title, lines, x, names)
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; empty if there is none, as in an imported run."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def _plot(
@@ -186,8 +188,9 @@ def _plot(
             ends.append(f"{name} from {points[0][1]:.3g} to {points[-1][1]:.3g}")
     axes.set(title=title, xlabel=x)
     axes.grid(alpha=0.3)
+    axes.locator_params("x", integer=True)
     if len(names) > 1:
-        axes.legend(fontsize=8)
+        figure.legend(loc="outside lower center", ncols=len(names), fontsize=8)
     return f"{title} by {x}: {', '.join(ends)}.", figure
 
 
@@ -220,6 +223,7 @@ def _gallery(
         yield {
             "name": setup.source.name(int(rows["index"][place])),
             "image": _data_uri(image),
+            "true": setup.source.label_name(int(batch["label"][i])),
             "drops": drops[place].tolist(),
             "maps": [
                 {

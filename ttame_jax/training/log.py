@@ -145,6 +145,13 @@ class JsonLines:
         self._written = time.monotonic()
 
 
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a log without damaged ones. Empty if there is no log, as in an imported run."""
+    path = epath.Path(path)
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n") if _step(line) is not None]
+
+
 def _step(line: str) -> int | None:
     """The step of a line; None if the line is damaged."""
     try:
