@@ -66,43 +66,50 @@ def picture_grid(
       colour_map: of the bar; a name in cmap's catalogue.
     """
     sizes = [[_size(panel, same) for panel in panels] for _, panels in rows]
-    first = [np.cumsum([0, *(panel.span for panel in panels)]) for _, panels in rows]
-    widths = np.zeros(first[0][-1])
-    for (_, panels), columns, of_row in zip(rows, first, sizes):
-        for panel, column, (width, _) in zip(panels, columns, of_row):
-            if panel.span == 1:
-                widths[column] = max(widths[column], width)
     heights = [max(height for _, height in of_row) for of_row in sizes]
     titles = [
         [_wrapped(panel.title, width) for panel, (width, _) in zip(panels, of_row)]
         for (_, panels), of_row in zip(rows, sizes)
     ]
+    labels = [_wrapped(label, height) for (label, _), height in zip(rows, heights)]
     lines = [max(map(len, of_row)) for of_row in titles]
     heads = [LINE * (max(lines) if i and count else count) for i, count in enumerate(lines)]
-    labels = [_wrapped(label, height) for (label, _), height in zip(rows, heights)]
     left = GAP + LINE * max(map(len, labels))
-    edges = left + np.cumsum([0, *(widths + GAP)])  # the left edge of each column
-    figure = Figure(
-        (edges[-1] + BAR + 6 * LETTER, sum(heights) + sum(heads) + GAP * (len(rows) + 1))
-    )
-    bottom = top = figure.get_figheight() - heads[0] - GAP
+    edges = left + np.cumsum([0, *(_column_widths(rows, sizes) + GAP)])
+    height = sum(heights) + sum(heads) + GAP * (len(rows) + 1)
+    figure = Figure((edges[-1] + BAR + 6 * LETTER, height))
+    bottom = height
     for i, (_, panels) in enumerate(rows):
-        bottom = (bottom - heads[i] - GAP if i else bottom) - heights[i]
-        middle = (left - GAP / 2, bottom + heights[i] / 2)
-        _write(figure, *middle, "\n".join(labels[i]), rotation=90, ha="right", va="center")
-        for j, panel in enumerate(panels):
-            width, height = sizes[i][j]
-            centre = (edges[first[i][j]] + edges[first[i][j + 1]] - GAP) / 2
-            axes = _axes(figure, centre - width / 2, bottom, width, height)
+        bottom -= GAP + heads[i] + heights[i]
+        middle = bottom + heights[i] / 2
+        label = "\n".join(labels[i])
+        _write(figure, left - GAP / 2, middle, label, rotation=90, ha="right", va="center")
+        column = 0
+        for panel, size, title in zip(panels, sizes[i], titles[i]):
+            centre = (edges[column] + edges[column + panel.span] - GAP) / 2
+            axes = _axes(figure, centre - size[0] / 2, bottom, *size)
             axes.imshow(panel.picture, aspect="auto")
-            for k, line in enumerate(reversed(titles[i][j])):
-                _write(figure, centre, bottom + height + LINE * (k + 0.35), line, ha="center")
-    bar = _axes(figure, edges[-1], bottom, BAR, top - bottom)
+            for k, line in enumerate(reversed(title)):
+                _write(figure, centre, bottom + size[1] + LINE * (k + 0.35), line, ha="center")
+            column += panel.span
+    bar = _axes(figure, edges[-1], bottom, BAR, height - heads[0] - GAP - bottom)
     colours = heatmap(np.linspace(1, 0, 256)[:, None], (256, 1), colour_map)
     bar.imshow(colours, aspect="auto", extent=(0, 1, 0, 1))
     bar.yaxis.tick_right()
     bar.set_yticks([0, 0.5, 1], ["0", "0.5", "1"], fontsize=TEXT_SIZE)
     return figure
+
+
+def _column_widths(rows: Sequence[tuple[str, Sequence[Panel]]], sizes) -> np.ndarray:
+    """The width of the widest picture in each column, in inches, of those that have one column."""
+    widths = np.zeros(sum(panel.span for panel in rows[0][1]))
+    for (_, panels), of_row in zip(rows, sizes):
+        column = 0
+        for panel, (width, _) in zip(panels, of_row):
+            if panel.span == 1:
+                widths[column] = max(widths[column], width)
+            column += panel.span
+    return widths
 
 
 def _size(panel: Panel, same: Literal["height", "width"]) -> tuple[float, float]:
@@ -129,12 +136,8 @@ def _write(figure: Figure, x: float, y: float, text: str, **alignment: Any) -> N
 def _wrapped(text: str, width: float) -> list[str]:
     """The lines of a text, each broken into at most two that fit into a width in inches."""
     letters = max(int(width / LETTER), 4)
-    if not text:
-        return []
-    broken = (
-        textwrap.wrap(line, letters, max_lines=2, placeholder="…") for line in text.split("\n")
-    )
-    return [line for lines in broken for line in lines]
+    wrapper = textwrap.TextWrapper(letters, max_lines=2, placeholder="…")
+    return [line for whole in text.split("\n") for line in wrapper.wrap(whole)]
 
 
 def explanation_grid(

@@ -52,6 +52,11 @@ def test_classifiers_are_in_rows_and_images_in_columns(run, pictures, labelled, 
     assert [text for text in said if text in ("run", "again")] == ["run", "again"]
 
 
+def test_the_images_of_the_run_are_the_default(run, tmp_path):
+    said = draw(tmp_path, "--run", run, "--limit", 2)
+    assert len([text for text in said if text.startswith("class ")]) == 2
+
+
 def test_several_classes_of_a_single_classifier_are_in_columns(run, image, tmp_path):
     (tmp_path / "top").mkdir()
     said = draw(tmp_path / "top", image, "--run", run, "--classes", "top2")
@@ -83,7 +88,7 @@ def test_a_classifier_without_mistakes_is_said_to_have_none(run, image, tmp_path
     words = ["figures", "--run", run, "--dataset", f"folder:{tmp_path / 'data'}"]
     words += ["--list", tmp_path / "list", "--classes", "mistakes", "--output", tmp_path / "out"]
     status, said = refusal(words)
-    assert status == 2 and "no image is misclassified" in said
+    assert status == 2 and "no image is misclassified, of 1 whose label" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from ttame_jax.data import Source, load_source, select, thin
 from ttame_jax.data.transforms import decode, open_picture
+from ttame_jax.experiments.cost import estimate, is_slow
 from ttame_jax.experiments.evaluate import Selection
 from ttame_jax.experiments.explain import Drawing, MethodConfig, find_images, parse_classes
-from ttame_jax.explainer import Explainer
+from ttame_jax.explainer import Classes, Explainer
 from ttame_jax.explanation import Explanation
 from ttame_jax.files import check_output_folder
 from ttame_jax.plots import Panel, picture_grid, save_figure
@@ -48,7 +49,7 @@ class FiguresConfig(Drawing, Selection, MethodConfig):
     """The largest number of images. They are evenly spaced in the data set; mistakes are drawn at
     random."""
     output: Path = Path("figures")
-    """Folder for CLASSES.svg, .pdf and .png."""
+    """Folder for the figure, which is named after the classes: predicted.svg, .pdf and .png."""
 
     def __post_init__(self):
         for part in (Drawing, Selection, MethodConfig):
@@ -84,17 +85,17 @@ def figures(config: FiguresConfig) -> None:
     check_output_folder(config.output)
     photographs = _photographs(config)
     explainers = _explainers(config)
+    for explainer in explainers:
+        if is_slow(explainer.method):
+            print(estimate(explainer.method, images=1))
     explain = _mistakes if config.classes == MISTAKES else _explained
-    explained = list(explain(config, photographs, list(explainers.values())))
-    if not explained:
-        raise ValueError("no image is misclassified: --classes mistakes has nothing to show")
+    explained = list(explain(config, photographs, explainers))
     if len(explainers) == 1 and len(explained[0].explanations[0].classes) > 1:
         rows = [("", [_photograph(one), *_maps(config, one, 0)]) for one in explained]
         figure = picture_grid(rows, "width", config.colour_map)
     else:
-        figure = picture_grid(
-            _columns(config, list(explainers), explained), "height", config.colour_map
-        )
+        rows = _columns(config, _names(config, explainers), explained)
+        figure = picture_grid(rows, "height", config.colour_map)
     stem = config.output / (config.classes if config.classes.isalnum() else "classes")
     for kind in FORMATS:
         save_figure(figure, f"{stem}.{kind}", RESOLUTION)
@@ -152,27 +153,27 @@ def _photographs(config: FiguresConfig) -> Iterator[Photograph]:
         indices = np.random.default_rng(0).permutation(indices)
     records = (source[index] for index in indices.tolist())
     return (
-        Photograph(
-            decode(record["image"], max_pixels=config.max_pixels),
-            record["label"],
-            source,
-        )
-        for record in records
+        Photograph(decode(one["image"], max_pixels=config.max_pixels), one["label"], source)
+        for one in records
     )
 
 
-def _explainers(config: FiguresConfig) -> dict[str, Explainer]:
-    """The explainers, by the labels of their rows: the backbone and the method.
-
-    Runs of the same backbone and method are told apart by the names of their folders.
-    """
+def _explainers(config: FiguresConfig) -> list[Explainer]:
+    """The explainers of the runs, followed by those of the backbones."""
     weights = config.weights or (None,) * len(config.backbone)
-    explainers = [config.load(run=run) for run in config.run]
-    explainers += [config.load(backbone=b, weights=w) for b, w in zip(config.backbone, weights)]
+    return [
+        *(config.load(run=run) for run in config.run),
+        *(config.load(backbone=name, weights=file) for name, file in zip(config.backbone, weights)),
+    ]
+
+
+def _names(config: FiguresConfig, explainers: Sequence[Explainer]) -> list[str]:
+    """The labels of the explainers' rows: backbone and method, or the folder if runs share both."""
     names = [explainer.backbone.name for explainer in explainers]
-    if len({*zip(names, (one.method.name for one in explainers))}) < len(explainers):
+    methods = [explainer.method.title for explainer in explainers]
+    if len({*zip(names, methods)}) < len(explainers):
         names = [*(run.name for run in config.run), *names[len(config.run) :]]
-    return {f"{name}\n{one.method.title}": one for name, one in zip(names, explainers)}
+    return [f"{name}\n{method}" for name, method in zip(names, methods)]
 
 
 def _explained(
@@ -182,7 +183,7 @@ def _explained(
     classes = [parse_classes(config.classes, explainer) for explainer in explainers]
     for photograph in tqdm(photographs, unit="image"):
         explanations = [
-            explainer.explain_picture(photograph.image, of_one, config.view, config.max_pixels)
+            _explain(config, explainer, photograph, of_one)
             for explainer, of_one in zip(explainers, classes)
         ]
         yield Explained(photograph, explanations, [*map(photograph.true_class, explainers)])
@@ -191,30 +192,45 @@ def _explained(
 def _mistakes(
     config: FiguresConfig, photographs: Iterable[Photograph], explainers: Sequence[Explainer]
 ) -> Iterator[Explained]:
-    """Photographs that a classifier is wrong about: their true and the most probable other class."""
-    found = 0
+    """Photographs that a classifier is wrong about: their true and the most probable other class.
+
+    Raises:
+      ValueError: there is none.
+    """
+    found = seen = 0
     for photograph in tqdm(photographs, unit="image"):
         true = [photograph.true_class(explainer) for explainer in explainers]
         if None in true:
             continue
+        seen += 1
         likeliest = [
-            explainer.explain_picture(photograph.image, "top2", config.view).classes.tolist()
+            _explain(config, explainer, photograph, "top2").classes.tolist()
             for explainer in explainers
         ]
         if all(one == first for one, (first, _) in zip(true, likeliest)):
             continue
+        pairs = [
+            np.array([one, first if first != one else second])
+            for one, (first, second) in zip(true, likeliest)
+        ]
         explanations = [
-            explainer.explain_picture(
-                photograph.image,
-                np.array([one, first if first != one else second]),
-                config.view,
-            )
-            for explainer, one, (first, second) in zip(explainers, true, likeliest)
+            _explain(config, explainer, photograph, pair)
+            for explainer, pair in zip(explainers, pairs)
         ]
         yield Explained(photograph, explanations, true)
         found += 1
         if found == config.limit:
             return
+    if not found:
+        raise ValueError(
+            f"no image is misclassified, of {seen} whose label is one of the classifier's classes"
+        )
+
+
+def _explain(
+    config: FiguresConfig, explainer: Explainer, photograph: Photograph, classes: Classes
+) -> Explanation:
+    return explainer.explain_picture(photograph.image, classes, config.view, config.max_pixels)
 
 
 def _columns(
