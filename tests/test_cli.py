@@ -25,7 +25,7 @@ def test_help_names_every_command():
     "command",
     [
         *["explain", "serve", "export", "train", "lr-find", "evaluate", "compare", "curves"],
-        *["ablate", "sanity", "prepare", "demo"],
+        *["ablate", "sanity", "figures", "report", "prepare", "demo"],
     ],
 )
 def test_every_command_has_help(command, capsys):

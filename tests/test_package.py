@@ -39,7 +39,7 @@ def test_the_wheel_holds_one_package_with_everything_in_it(installed):
         *(Path("ttame_jax") / path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.py")),
     ]
     assert all((installed / path).is_file() for path in sources)
-    for data in ("py.typed", "experiments/demo.html", "fonts/DejaVuSans.ttf", "imagenet.txt"):
+    for data in ("py.typed", "experiments/report.html", "fonts/DejaVuSans.ttf", "imagenet.txt"):
         assert (package / data).is_file()
 
 

@@ -263,6 +263,46 @@ def _curves(args: Arguments) -> Command:
     return curves
 
 
+def _figures(args: Arguments) -> Command:
+    """Draw the maps of several classifiers or classes as a figure for print."""
+    import tyro
+
+    from ttame_jax.experiments.figures import FiguresConfig
+    from ttame_jax.experiments.figures import figures as draw_figures
+
+    def figures(config: Annotated[FiguresConfig, tyro.conf.arg(name="")]) -> None:
+        """Draw the maps of several classifiers or classes as a figure for print: SVG, PDF and PNG.
+
+        $ ttame figures cat.jpg dog.jpg --run runs/vgg16 runs/resnet50 runs/vit_b16
+
+        $ ttame figures cat.jpg --run runs/vit_b16 --classes top2
+
+        $ ttame figures --run runs/vit_b16 --split validation --classes mistakes --limit 4
+        """
+        draw_figures(config)
+
+    return figures
+
+
+def _report(args: Arguments) -> Command:
+    """Evaluate a run and write its report, one HTML file."""
+    import tyro
+
+    from ttame_jax.experiments.report import ReportConfig
+    from ttame_jax.experiments.report import report as write_report
+
+    def report(config: Annotated[ReportConfig, tyro.conf.arg(name="")]) -> None:
+        """Evaluate a run and write its report, one HTML file that needs no network.
+
+        $ ttame report --run runs/vit_b16
+
+        $ ttame report --run runs/vit_b16 --dataset folder:photographs --output vit_b16.html
+        """
+        write_report(config)
+
+    return report
+
+
 def _prepare(args: Arguments) -> Command:
     """Prepare a TFDS data set for training."""
     import tyro
@@ -296,13 +336,13 @@ def _convert(args: Arguments) -> Command:
 
 
 def _demo(args: Arguments) -> Command:
-    """Train and explain a small classifier of digits, and write a page of pictures."""
+    """Train and explain a small classifier of digits, and write the report of its run."""
 
     def demo(output: Path = Path("demo")) -> None:
-        """Train and explain a small classifier of digits, and write a page of pictures.
+        """Train and explain a small classifier of digits, and write the report of its run.
 
         Args:
-          output: Folder for the runs and for index.html.
+          output: Folder for the classifier, its run, a few pictures and index.html, the report.
         """
         from ttame_jax.experiments.demo import run_demo
 
@@ -320,6 +360,8 @@ COMMANDS: dict[str, Callable[[Arguments], Command]] = {
     "compare": _compare,
     "sanity": _sanity,
     "curves": _curves,
+    "figures": _figures,
+    "report": _report,
     "lr-find": _lr_find,
     "ablate": _ablate,
     "prepare": _prepare,

@@ -21,7 +21,7 @@ EXTRAS = {
     "huggingface_hub": "hub",
     "gradio": "serve",
     "onnx": "onnx",
-    "jinja2": "demo",
+    "jinja2": "report",
     "sklearn": "demo",
     "skimage": "sanity",
 }

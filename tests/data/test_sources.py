@@ -38,7 +38,14 @@ def test_class_folders_give_labels(tmp_path):
     source = load_source(f"folder:{tmp_path}", "train")
     assert names_of(source) == ["4.png", "cat/2.png", "cat/deep/3.png", "dog/1.png"]
     assert [source[index]["label"] for index in range(4)] == [-1, 0, 0, 1]
+    assert [source.label_name(label) for label in (-1, 0, 1)] == ["", "cat", "dog"]
     assert source.class_names == ["cat", "dog"]
+
+
+def test_labels_that_are_wordnet_ids_have_the_names_of_imagenet(tmp_path):
+    make_folder(tmp_path, "n01440764/1.png", "n02102040/2.png")
+    source = load_source(f"folder:{tmp_path}", "train")
+    assert source.label_name(1) == "English springer"
 
 
 @pytest.mark.parametrize("validation", ["validation", "val", "test"])

@@ -1,8 +1,6 @@
-import contextlib
 import importlib.util
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from browsers import DEVICES, needs_browser, opened
 from PIL import Image
 
 from ttame_jax.data.transforms import UnreadableImage
@@ -23,16 +22,8 @@ from ttame_jax.methods import load_method
 from ttame_jax.metrics import functional
 from ttame_jax.runs import load_explainer
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-
 needs_gradio = pytest.mark.skipif(
     not importlib.util.find_spec("gradio"), reason="needs Gradio: pip install 'ttame-jax[serve]'"
-)
-needs_browser = pytest.mark.skipif(
-    not importlib.util.find_spec("playwright") or not BROWSER,
-    reason="needs Playwright (pip install playwright) and Chromium",
 )
 
 
@@ -263,28 +254,6 @@ def test_a_signal_ends_the_command_and_removes_its_files(run, tmp_path, number):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-
-
-@contextlib.contextmanager
-def opened(browser, address, **options):
-    """A tab with the page, which may ask no other machine for anything."""
-    asked = set()
-    context = browser.new_context(**options)
-    tab = context.new_page()
-    tab.set_default_timeout(60_000)
-    tab.on("request", lambda request: asked.add(request.url))
-    tab.goto(address)
-    yield tab
-    context.close()
-    assert all(url.startswith((address, "data:", "blob:")) for url in asked), asked
-
-
 def numbers(tab, table=0):
     """The rows of a table on the page, by method: psi, psi' and drop in %."""
     rows = tab.locator("table").nth(table).locator("tbody tr")
@@ -316,10 +285,7 @@ def eventually(tab, holds):
 @needs_browser
 @pytest.mark.parametrize("device", ["desktop", "phone"])
 def test_a_photograph_is_explained_in_a_browser(live, browser, picture, tmp_path, device):
-    options = {
-        "desktop": {"viewport": {"width": 1280, "height": 900}},
-        "phone": {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True},
-    }[device]
+    options = DEVICES[device]
     photograph = live.open(picture)
     best, other, third = live.likeliest(photograph, 3)
     with serving(live) as address, opened(browser, address, **options) as tab:

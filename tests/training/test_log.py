@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ttame_jax.training import log
-from ttame_jax.training.log import JsonLines, Log, Validation
+from ttame_jax.training.log import JsonLines, Log, Validation, read_lines
 
 pytestmark = pytest.mark.quick
 
@@ -30,6 +30,13 @@ def test_damaged_lines_are_named_and_dropped(tmp_path, capfd):
     JsonLines(path, 2)
     assert steps(path) == [1, 2]
     assert f"{path}: damaged lines are dropped (2, 3, 4, 5)" in capfd.readouterr().err
+
+
+def test_a_log_is_read_without_its_damaged_lines(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    assert read_lines(path) == []
+    path.write_bytes(b'{"step": 1}\n\xff\xfe\n{"step": 2, "loss": 0.5}\n{"st')
+    assert read_lines(path) == [{"step": 1}, {"step": 2, "loss": 0.5}]
 
 
 def test_lines_in_a_bucket_are_written_whole_now_and_then_and_at_the_end(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from types import ModuleType
 import numpy as np
 from etils import epath
 
+from ttame_jax import labels
 from ttame_jax.data.transforms import MAX_PIXELS
 from ttame_jax.files import digest, in_bucket
 
@@ -55,6 +56,10 @@ class Source(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """What the images are, wherever they are stored: their number and a name or a digest."""
+
+    def label_name(self, label: int) -> str:
+        """Returns the name of a label, with ImageNet's own for a WordNet id. Empty if unknown."""
+        return "" if label < 0 else labels.label(label, labels.readable(self.class_names or ()))
 
     def indices_of(self, names: Iterable[str]) -> np.ndarray:
         """Returns the indices (int64 [N]) of the images with these names, in the given order.

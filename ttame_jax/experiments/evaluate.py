@@ -21,6 +21,7 @@ from ttame_jax.experiments.resumable import ResumableRows
 from ttame_jax.files import check_seal, locked, seal, to_json, write_atomically
 from ttame_jax.methods import Method, list_methods, load_method
 from ttame_jax.metrics import Evaluator, intervals, list_metrics, load_metrics, summarise
+from ttame_jax.metrics.base import Rows
 from ttame_jax.preprocessing import Masking
 from ttame_jax.runs import Run, load_run
 from ttame_jax.weights.transfer import digest
@@ -33,8 +34,8 @@ MetricNames = Annotated[
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageOptions:
-    """Images to explain with a run."""
+class Selection:
+    """Images of a data set."""
 
     dataset: str | None = None
     """A TFDS data set, folder:DIR or digits. The default is the run's data set."""
@@ -46,6 +47,18 @@ class ImageOptions:
     """The largest number of images; they are evenly spaced in the split."""
     list: Path | None = None
     """A file that selects images, with one FILENAME LABEL per line like the authors' lists."""
+
+    def __post_init__(self):
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"--limit must be at least 1, not {self.limit}")
+        if self.dataset == "":
+            raise ValueError("--dataset is empty: give a TFDS name, folder:DIR or digits")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageOptions(Selection):
+    """Images to explain with a run."""
+
     max_pixels: int = MAX_PIXELS
     """Images with more pixels count as unreadable."""
     seed: int = 0
@@ -55,14 +68,11 @@ class ImageOptions:
     function of yours, whose code runs only if you name it."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.max_pixels < 1:
             raise ValueError(f"--max-pixels must be at least 1, not {self.max_pixels}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must be at least 0 and below 2**63, not {self.seed}")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"--limit must be at least 1, not {self.limit}")
-        if self.dataset == "":
-            raise ValueError("--dataset is empty: give a TFDS name, folder:DIR or digits")
 
     def load(self, run: Run) -> tuple[Source, np.ndarray]:
         """The source, and the indices (int64 [N]) of the images in it.
@@ -206,29 +216,14 @@ class EvaluationSetup:
         Returns:
           The contents of the file. Empty in all processes but the first.
         """
-        options = self.options
-        evaluator = Evaluator(
-            method,
-            self.source,
-            masking=self.masking,
-            metrics=options.measures,
-            batch_size=options.batch_size,
-            seed=options.seed,
-        )
         with locked(output, folder=False):
             resumable = ResumableRows(output, settings)
             wanted = self.indices if indices is None else indices
-            rows, seconds = resumable.collect(lambda left: evaluator.batches(indices=left), wanted)
+            rows, seconds = resumable.collect(self.evaluator(method).batches, wanted)
             if jax.process_index() > 0:
                 return {}
             figures = {
-                "images": len(rows["index"]),
-                "method": method.name,
-                "backbone": method.backbone.name,
-                "masking": self.masking,
-                **summarise(rows, options.measures),
-                "intervals": intervals(rows, options.measures),
-                "forward_passes": method.forward_passes,
+                **self.summarise(method, rows),
                 "seconds_per_image": seconds / len(rows["index"]),
                 "settings": settings,
             }
@@ -236,6 +231,29 @@ class EvaluationSetup:
             write_atomically(output, to_json(seal(figures), indent=2) + "\n")
             resumable.remove()
         return figures
+
+    def evaluator(self, method: Method) -> Evaluator:
+        """Measures a method on the images of the setup."""
+        return Evaluator(
+            method,
+            self.source,
+            masking=self.masking,
+            metrics=self.options.measures,
+            batch_size=self.options.batch_size,
+            seed=self.options.seed,
+        )
+
+    def summarise(self, method: Method, rows: Rows) -> dict[str, Any]:
+        """The figures of a method: means over the rows in %, and their intervals."""
+        return {
+            "images": len(rows["index"]),
+            "method": method.name,
+            "backbone": method.backbone.name,
+            "masking": self.masking,
+            **summarise(rows, self.options.measures),
+            "intervals": intervals(rows, self.options.measures),
+            "forward_passes": method.forward_passes,
+        }
 
 
 def read_figures(path: Path) -> dict[str, Any]:

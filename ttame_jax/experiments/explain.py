@@ -31,16 +31,9 @@ AHEAD = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExplainerConfig:
-    """A classifier and a method."""
+class MethodConfig:
+    """A method, and what its classifiers are shown."""
 
-    run: Path | None = None
-    """Folder of a run, as ttame train wrote it."""
-    backbone: str | None = None
-    """Without a run: name of the classifier, such as resnet50 or timm:MODEL."""
-    weights: str | None = None
-    """Weights of the backbone: a file, torchvision, timm or timm:MODEL. The default is the run's, or
-    else the published ones."""
     method: Annotated[
         str | None,
         tyro.conf.arg(
@@ -54,8 +47,6 @@ class ExplainerConfig:
     shown square tiles for whole."""
     class_names: Path | None = None
     """File with one class name per line. The default is the run's, or ImageNet's for 1000 classes."""
-    backbone_config: dict[str, int | str] = dataclasses.field(default_factory=dict)
-    """Options of the backbone as name and value, such as num_classes 10."""
     method_config: dict[str, int | str] = dataclasses.field(default_factory=dict)
     """Options of the method as name and value, such as masks 1000 or layer blocks.10."""
     max_pixels: int = MAX_PIXELS
@@ -65,22 +56,63 @@ class ExplainerConfig:
         if self.max_pixels < 1:
             raise ValueError(f"--max-pixels must be at least 1, not {self.max_pixels}")
 
-    def open(self) -> Explainer:
-        """Loads the explainer. Errors are those of `open_explainer`."""
+    def load(self, **classifier) -> Explainer:
+        """Loads the explainer of a classifier. Errors are those of `open_explainer`.
+
+        Args:
+          **classifier: the arguments `run`, `backbone`, `weights` and `backbone_config` of
+            `open_explainer`.
+        """
         names = None if self.class_names is None else read_names(self.class_names)
         return open_explainer(
-            self.run,
-            self.backbone,
-            self.weights,
-            self.method,
-            backbone_config=self.backbone_config,
+            **classifier,
+            method=self.method,
             method_config=self.method_config,
             class_names=names,
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExplainConfig(ExplainerConfig):
+class ExplainerConfig(MethodConfig):
+    """A classifier and a method."""
+
+    run: Path | None = None
+    """Folder of a run, as ttame train wrote it."""
+    backbone: str | None = None
+    """Without a run: name of the classifier, such as resnet50 or timm:MODEL."""
+    weights: str | None = None
+    """Weights of the backbone: a file, torchvision, timm or timm:MODEL. The default is the run's, or
+    else the published ones."""
+    backbone_config: dict[str, int | str] = dataclasses.field(default_factory=dict)
+    """Options of the backbone as name and value, such as num_classes 10."""
+
+    def open(self) -> Explainer:
+        """Loads the explainer. Errors are those of `open_explainer`."""
+        return self.load(
+            run=self.run,
+            backbone=self.backbone,
+            weights=self.weights,
+            backbone_config=self.backbone_config,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How maps are drawn over their pictures."""
+
+    opacity: float = pictures.OPACITY
+    """Share of the heatmap in an overlay, from 0 to 1."""
+    colour_map: str = pictures.COLOUR_MAP
+    """Colour map of Matplotlib: inferno, viridis, turbo, or jet as in the paper."""
+
+    def __post_init__(self):
+        if not 0 <= self.opacity <= 1:
+            raise ValueError(f"--opacity must lie in 0 to 1, not {self.opacity}")
+        pictures.check_colour_map(self.colour_map)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExplainConfig(Drawing, ExplainerConfig):
     """Images to explain, a classifier and a method."""
 
     images: tyro.conf.Positional[tuple[Path, ...]]
@@ -93,16 +125,10 @@ class ExplainConfig(ExplainerConfig):
     style: Style = "figure"
     """What is drawn: a figure with all classes; or, of the first class and at the picture's size,
     its overlay, its heatmap, or a transparent heatmap."""
-    opacity: float = pictures.OPACITY
-    """Share of the heatmap in an overlay, from 0 to 1."""
-    colour_map: str = pictures.COLOUR_MAP
-    """Colour map of Matplotlib: inferno, viridis, turbo, or jet as in the paper."""
 
     def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.opacity <= 1:
-            raise ValueError(f"--opacity must lie in 0 to 1, not {self.opacity}")
-        pictures.check_colour_map(self.colour_map)
+        ExplainerConfig.__post_init__(self)
+        Drawing.__post_init__(self)
 
 
 def explain_files(config: ExplainConfig) -> None:
@@ -119,7 +145,7 @@ def explain_files(config: ExplainConfig) -> None:
       UnreadableImage: a file given by name is not an image.
     """
     check_output_folder(config.output)
-    images = _find_images([Path(path) for path in config.images], config.output)
+    images = find_images([Path(path) for path in config.images], config.output)
     stems = _output_stems(images, config.output)
     explainer = config.open()
     classes = parse_classes(config.classes, explainer)
@@ -154,7 +180,7 @@ def _named(config: ExplainConfig) -> list[Path]:
     return [Path(path) for path in config.images if not path.is_dir()]
 
 
-def _find_images(paths: Sequence[Path], output: Path) -> list[Path]:
+def find_images(paths: Sequence[Path], output: Path) -> list[Path]:
     """The image files among the paths and in the folders among them, at any depth.
 
     Earlier results in the output folder are left out, unless that is the folder itself.

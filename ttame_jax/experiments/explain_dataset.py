@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ttame_jax.data import Source, evaluation_batches, load_source, select
 from ttame_jax.errors import Damaged
 from ttame_jax.experiments.cost import estimate, is_slow
+from ttame_jax.experiments.evaluate import Selection
 from ttame_jax.experiments.explain import ExplainerConfig, parse_classes
 from ttame_jax.explainer import Explainer
 from ttame_jax.files import check_output_folder, digest, to_json, write_atomically
@@ -35,19 +36,11 @@ AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExplainDatasetConfig(ExplainerConfig):
+class ExplainDatasetConfig(Selection, ExplainerConfig):
     """The images of a data set, a classifier and a method."""
 
     dataset: str
     """A TFDS data set, folder:DIR or digits."""
-    data_dir: str | None = None
-    """The folder of TFDS data sets."""
-    split: str = "validation"
-    """The split to explain, in TFDS's syntax."""
-    limit: int | None = None
-    """The largest number of images; they are evenly spaced in the split."""
-    list: Path | None = None
-    """A file that selects images, with one FILENAME LABEL per line like the authors' lists."""
     classes: str = "predicted"
     """Classes to explain: predicted, top5 (or another number), all, or ids and names, separated by
     commas."""
@@ -59,12 +52,12 @@ class ExplainDatasetConfig(ExplainerConfig):
     """Images per file."""
 
     def __post_init__(self):
-        super().__post_init__()
+        Selection.__post_init__(self)
+        ExplainerConfig.__post_init__(self)
         if self.view == "whole":
             raise ValueError("--view whole: the images of a data set are explained as crops")
-        for name in ("batch_size", "shard_size", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
+        for name in ("batch_size", "shard_size"):
+            if (value := getattr(self, name)) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
 
 

@@ -43,7 +43,7 @@ from ttame_jax.methods.ttame import TrainedMethod
 from ttame_jax.metrics import bootstrap
 from ttame_jax.metrics.base import Rows
 from ttame_jax.pictures import overlay, resize_map
-from ttame_jax.plots import line_style, picture_grid, save_figure
+from ttame_jax.plots import Panel, line_style, picture_grid, save_figure
 from ttame_jax.preprocessing import to_float
 from ttame_jax.runs import Run, load_run
 from ttame_jax.weights import transfer
@@ -357,16 +357,19 @@ class Check:
         for part in PARTS if images else ():
             cascades = [cascade for cascade in self.cascades if cascade.part == part]
             if cascades:
-                rows = [self._strip(x, i, image) for i, image in images.items() for x in cascades]
-                figure = picture_grid(rows, ["image", "original", *cascades[0].steps])
+                strips = [self._strip(x, i, image) for i, image in images.items() for x in cascades]
+                (label, first), *rest = strips
+                titles = ["image", "original", *cascades[0].steps]
+                titled = [panel._replace(title=title) for panel, title in zip(first, titles)]
+                figure = picture_grid([(label, titled), *rest])
                 save(figure, self.config.output / f"maps_{part}")
 
-    def _strip(self, cascade: Cascade, index: int, image: np.ndarray) -> tuple[str, list]:
+    def _strip(self, cascade: Cascade, index: int, image: np.ndarray) -> tuple[str, list[Panel]]:
         """A strip of Fig. 16: the image, its original map and that after each step."""
         seeds = [self.config.seed, index]
         maps = cascade_maps(cascade, to_float(image), self.config.explain, seeds)
         title = method_title(cascade.method.name)
-        return title, [image, *(overlay(image, one) for one in maps)]
+        return title, [Panel(image), *(Panel(overlay(image, one)) for one in maps)]
 
 
 def summarise(rows: Rows) -> dict[str, list[float]]:

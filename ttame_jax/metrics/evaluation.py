@@ -78,7 +78,7 @@ class Evaluator:
 
     def __call__(self, state: nnx.State | None = None) -> Rows:
         """Returns the rows of all images. `state` replaces the method's own, as in training."""
-        parts = list(self.batches(state))
+        parts = list(self.batches(state=state))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def figures(self, state: nnx.State | None = None) -> dict[str, float]:
@@ -86,7 +86,7 @@ class Evaluator:
         return dict(_flat(summarise(self(state), self.metrics)))
 
     def batches(
-        self, state: nnx.State | None = None, indices: Sequence[int] | np.ndarray | None = None
+        self, indices: Sequence[int] | np.ndarray | None = None, state: nnx.State | None = None
     ) -> Iterator[Rows]:
         """Yields the rows batch by batch, of all images or of the given ones."""
         state = replicate(nnx.state(self.method) if state is None else state, self.mesh)

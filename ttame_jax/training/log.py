@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +14,9 @@ from etils import epath
 from tqdm import tqdm
 
 from ttame_jax.files import in_bucket, to_json, write_atomically
-from ttame_jax.training.feed import Feed
+
+if TYPE_CHECKING:
+    from ttame_jax.training.feed import Feed  # needs Grain, which reading a log does not
 
 # Interval for events, and for logs in a bucket, whose objects cannot be appended to.
 _FLUSH_SECONDS = 30
@@ -48,7 +50,7 @@ class Log:
       feed: its waiting time is logged.
     """
 
-    def __init__(self, folder: Path, first: int, total: int, feed: Feed):
+    def __init__(self, folder: Path, first: int, total: int, feed: "Feed"):
         self._feed = feed
         self._writes = jax.process_index() == 0
         self.bar = tqdm(
@@ -143,6 +145,13 @@ class JsonLines:
     def flush(self) -> None:
         write_atomically(self.path, "".join(self._lines))
         self._written = time.monotonic()
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a log without damaged ones. Empty if there is no log, as in an imported run."""
+    file = epath.Path(path)
+    text = file.read_bytes().decode(errors="replace") if file.exists() else ""
+    return [json.loads(line) for line in text.split("\n") if _step(line) is not None]
 
 
 def _step(line: str) -> int | None:
