@@ -258,7 +258,7 @@ def _lines(results: Sequence[Result], mark: tables.Cell) -> list[list[str]]:
         for i, (low, high) in enumerate(row.intervals):
             if len(results[i].figures) > 1:
                 texts[i] += f" ± {(high - low) / 2:.2f}"
-        columns.append(map(mark, texts, row.ranks([True] * len(results))))
+        columns.append(map(mark, texts, row.ranks([True] * len(results)), row.within_chance))
     head = [*(_title(name) for name in results[0].labels), "runs", *(row.title for row in rows)]
     settings = [[*result.labels.values(), str(len(result.figures))] for result in results]
     return [head, *([*setting, *cells] for setting, *cells in zip(settings, *columns))]

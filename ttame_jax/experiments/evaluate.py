@@ -18,7 +18,15 @@ from ttame_jax.data.transforms import MAX_PIXELS
 from ttame_jax.errors import Damaged
 from ttame_jax.experiments.arguments import Names
 from ttame_jax.experiments.resumable import ResumableRows
-from ttame_jax.files import check_seal, locked, seal, to_json, write_atomically
+from ttame_jax.files import (
+    check_seal,
+    locked,
+    read_arrays,
+    save_arrays,
+    seal,
+    to_json,
+    write_atomically,
+)
 from ttame_jax.methods import Method, list_methods, load_method
 from ttame_jax.metrics import Evaluator, intervals, list_metrics, load_metrics, summarise
 from ttame_jax.metrics.base import Rows
@@ -129,7 +137,7 @@ class EvaluateConfig(EvaluationOptions):
     run: Path
     """The folder of a run, as written by ttame train."""
     output: Path
-    """JSON file for the figures. Rows of an unfinished evaluation are kept beside it."""
+    """JSON file for the figures. The values of each image are written beside it, as .npz."""
     method: Annotated[
         str | None,
         tyro.conf.arg(
@@ -224,10 +232,12 @@ class EvaluationSetup:
                 return {}
             figures = {
                 **self.summarise(method, rows),
+                "rows": digest_of_rows(rows),
                 "seconds_per_image": seconds / len(rows["index"]),
                 "settings": settings,
             }
             figures = json.loads(to_json(figures))
+            save_arrays(rows_file(output), **rows)
             write_atomically(output, to_json(seal(figures), indent=2) + "\n")
             resumable.remove()
         return figures
@@ -268,11 +278,35 @@ def read_figures(path: Path) -> dict[str, Any]:
         raise Damaged(f"{path} is not a file of figures: {error}") from error
 
 
+def rows_file(path: Path) -> Path:
+    """The file of the rows of a file of figures: the values of each image."""
+    return path.with_suffix(".npz")
+
+
+def digest_of_rows(rows: Rows) -> str:
+    return files.digest(part for name in sorted(rows) for part in (name, rows[name]))
+
+
+def read_rows(path: Path) -> Rows:
+    """The rows that the figures in a file are means of.
+
+    Raises:
+      Damaged: they are others, or one of the files is damaged.
+      FileNotFoundError: one of the files does not exist.
+    """
+    rows = read_arrays(rows_file(path))
+    if digest_of_rows(rows) != read_figures(path).get("rows"):
+        raise Damaged(f"{rows_file(path)} has other rows than those of {path}")
+    return rows
+
+
 def known_figures(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures in a file; empty if it does not exist, is damaged or has other settings."""
+    """The figures in a file; empty if it or its rows are missing or damaged, or of other settings."""
     try:
-        figures = read_figures(path) if path.is_file() else {}
-    except Damaged:
+        figures = read_figures(path)
+        if "rows" in figures:
+            read_rows(path)
+    except (Damaged, FileNotFoundError):
         return {}
     return figures if figures.get("settings") == settings else {}
 

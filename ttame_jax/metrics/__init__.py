@@ -18,7 +18,14 @@ from ttame_jax.metrics.auc import Deletion, Insertion
 from ttame_jax.metrics.pointing import PointingGame
 from ttame_jax.metrics.energy import Energy
 from ttame_jax.metrics.maxboxacc import MaxBoxAcc
-from ttame_jax.metrics.evaluation import Evaluator, bootstrap, intervals, summarise
+from ttame_jax.metrics.evaluation import (
+    Evaluator,
+    bootstrap,
+    interval,
+    intervals,
+    replicates,
+    summarise,
+)
 # isort: on
 
 __all__ = [
@@ -36,9 +43,11 @@ __all__ = [
     "Sample",
     "TableRow",
     "bootstrap",
+    "interval",
     "intervals",
     "list_metrics",
     "load_metric",
     "load_metrics",
+    "replicates",
     "summarise",
 ]

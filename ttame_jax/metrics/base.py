@@ -99,7 +99,8 @@ class TableRow:
     def title(self) -> str:
         return f"{self.label}{'↓' if self.lower_is_better else '↑'}{self.detail}"
 
-    def value(self, summary: Mapping[str, Any]) -> float:
+    def value(self, summary: Mapping[str, Any]) -> Any:
+        """The leaf of a tree such as a summary, or of its intervals."""
         value: Any = summary
         for key in self.path:
             value = value[key]

@@ -174,7 +174,25 @@ def intervals(rows: Rows, metrics: Sequence[str], resamples: int = 1000) -> dict
 def bootstrap(
     rows: Rows, summarise: Callable[[Rows], dict[str, Any]], resamples: int = 1000
 ) -> dict[str, Any]:
-    """Returns bootstrap 95 % intervals of a summary of rows.
+    """Returns bootstrap 95 % intervals of a summary of rows: its tree, with leaves `[low, high]`.
+
+    Arguments are those of `replicates`.
+    """
+    return jax.tree.map(interval, replicates(rows, summarise, resamples))
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """Returns the 95 % interval of values, `[low, high]`. NaN is left out."""
+    return np.nanpercentile(values, (2.5, 97.5)).tolist()
+
+
+def replicates(
+    rows: Rows, summarise: Callable[[Rows], dict[str, Any]], resamples: int = 1000
+) -> dict[str, Any]:
+    """Returns a summary of rows for resampled images.
+
+    The images of each resampling depend on the number of images only. Differences between the
+    replicates of two methods on the same images are therefore those of a paired bootstrap.
 
     Args:
       rows: one for each image.
@@ -182,14 +200,14 @@ def bootstrap(
       resamples: number of resamplings of the images.
 
     Returns:
-      The tree, with leaves `[low, high]`.
+      The tree, with leaves `[resamples]`.
     """
     rng, count = np.random.default_rng(0), len(rows["index"])
     trees = []
     for _ in range(resamples):
         chosen = rng.integers(count, size=count)
         trees.append(summarise({name: x[chosen] for name, x in rows.items()}))
-    return jax.tree.map(lambda *v: np.nanpercentile(v, (2.5, 97.5)).tolist(), *trees)
+    return jax.tree.map(lambda *values: np.array(values), *trees)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
