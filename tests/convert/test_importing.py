@@ -19,7 +19,7 @@ from tiny import TINY
 
 from ttame_jax.backbones import aten
 from ttame_jax.cli import main
-from ttame_jax.convert.importing import load_module
+from ttame_jax.convert.importing import load_module, relative
 from ttame_jax.files import read_safetensors, write_safetensors
 from ttame_jax.methods import compute_maps, load_method
 from ttame_jax.weights import abstract_backbone, load_backbone, save_backbone
@@ -273,6 +273,13 @@ def test_what_differs_from_pytorch_is_not_written(module, tmp_path, monkeypatch,
     status, line = refusal([*words, "--output", tmp_path / "a.safetensors"])
     assert status == 1 and "in JAX differs from PyTorch: " in line
     assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_logits_of_zero_are_equal_to_themselves():
+    """timm starts the heads of some models at zero."""
+    zeros = np.zeros((1, 5))
+    assert relative(zeros, zeros) == 0
+    assert relative(zeros + 0.5, zeros) == 0.5
 
 
 def test_class_names_become_part_of_the_file(module, tmp_path):
