@@ -9,6 +9,7 @@ from tiny import TINY
 from ttame_jax.attention import VARIANTS
 from ttame_jax.cli import main
 from ttame_jax.config import TrainConfig, preset
+from ttame_jax.errors import Failure
 from ttame_jax.experiments import ablate as module
 from ttame_jax.experiments import sweep
 from ttame_jax.experiments.ablate import (
@@ -182,6 +183,31 @@ def test_one_run_that_diverges_does_not_stop_the_others(pictures, tmp_path, monk
     assert "diverged: 1 (seed 0)" in (tmp_path / "out" / "ablation.md").read_text()
 
 
+@pytest.fixture
+def config(pictures, tmp_path):
+    return TrainConfig(
+        backbone="vit",
+        backbone_config=TINY,
+        weights=None,
+        dataset=f"folder:{pictures}",
+        output=tmp_path / "out",
+    )
+
+
+def test_all_settings_are_trained_once_before_any_with_another_seed(config, monkeypatch):
+    seen = []
+
+    def diverging(run):
+        seen.append((run.seed, run.learning_rate))
+        raise Diverged("training diverged")
+
+    monkeypatch.setattr(sweep, "train", diverging)
+    with pytest.raises(Failure, match="every run diverged"):
+        module.ablate(config, Ablation(over=(("learning-rate", "1", "2"),), seeds=2))
+    assert seen == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert [one["diverged"] for one in read(config.output)] == [[0, 1], [0, 1]]
+
+
 @pytest.mark.parametrize(
     ("over", "options", "message"),
     [
@@ -197,19 +223,12 @@ def test_one_run_that_diverges_does_not_stop_the_others(pictures, tmp_path, monk
     ],
 )
 def test_mistakes_are_refused_before_anything_is_trained(
-    over, options, message, tmp_path, pictures, monkeypatch
+    over, options, message, config, monkeypatch
 ):
     monkeypatch.setattr(sweep, "train", lambda run: pytest.fail("trained"))
-    config = TrainConfig(
-        backbone="vit",
-        backbone_config=TINY,
-        weights=None,
-        dataset=f"folder:{pictures}",
-        output=tmp_path / "out",
-    )
     with pytest.raises(ValueError, match=message):
         module.ablate(config, Ablation(over=over, **options))
-    assert not [path for path in tmp_path.rglob("*") if path.is_dir() and path.name != "out"]
+    assert not list(config.output.rglob("*"))
 
 
 def test_the_command_ends_with_one_line(tmp_path, refusal):
