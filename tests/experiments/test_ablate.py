@@ -1,7 +1,6 @@
 import csv
 import json
 
-import numpy as np
 import pytest
 from PIL import Image
 from tiny import TINY
@@ -9,6 +8,7 @@ from tiny import TINY
 from ttame_jax.attention import VARIANTS
 from ttame_jax.cli import main
 from ttame_jax.config import TrainConfig, preset
+from ttame_jax.errors import Failure
 from ttame_jax.experiments import ablate as module
 from ttame_jax.experiments import sweep
 from ttame_jax.experiments.ablate import (
@@ -33,12 +33,12 @@ def ablate(pictures, output, *words):
     main(["ablate", *options, "--output", str(output), "--evaluation-images", "16", *words])
 
 
-MASKINGS = ["--over", "masking", "--seeds", "2"]
+MASKINGS = ["--over", "masking"]
 
 
 @pytest.fixture(scope="module")
 def finished(pictures, tmp_path_factory):
-    """The folder of a finished comparison of maskings (Table VII), with two seeds."""
+    """The folder of a finished comparison of maskings (Table VII)."""
     output = tmp_path_factory.mktemp("ablate")
     ablate(pictures, output, *MASKINGS)
     return output
@@ -55,23 +55,23 @@ def test_maskings_of_training_and_evaluation_are_combined_and_trained_once(finis
     settings = [tuple(one["settings"].values()) for one in read(finished)]
     assert settings == [(one, other) for one in maskings for other in maskings]
     for one in read(finished):
-        assert [run["seed"] for run in one["runs"]] == [0, 1] and one["diverged"] == []
+        assert [run["seed"] for run in one["runs"]] == [0] and one["diverged"] == []
         assert {run["masking"] for run in one["runs"]} == {one["settings"]["evaluation_masking"]}
-    of_run = {path.name for path in (finished / "masking_pixel" / "seed_1").glob("*.json")}
+    of_run = {path.name for path in (finished / "masking_pixel" / "seed_0").glob("*.json")}
     assert of_run == {"config.json", "evaluation_pixel.json", "evaluation_standardised.json"}
 
 
-def test_tables_have_means_deviations_and_every_run(finished):
+def test_tables_and_a_plot_show_every_run(finished):
     results = read(finished)
     lines = (finished / "ablation.md").read_text().splitlines()
     head = "| masking | evaluation masking | runs | AD↓(100%) | IC↑(100%) | AD↓(50%) "
     assert lines[0].startswith(head) and len(lines) == 2 + len(results)
-    values = [run["AD"]["100"] for run in results[0]["runs"]]
-    assert f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" in lines[2]
+    value = results[0]["runs"][0]["AD"]["100"]
+    assert lines[2].startswith("| pixel | pixel | 1 | ") and f"{value:.2f}" in lines[2]
     rows = list(csv.DictReader((finished / "ablation.csv").open()))
-    assert [row["seed"] for row in rows] == ["0", "1"] * 4
-    assert float(rows[1]["AD↓(100%)"]) == pytest.approx(values[1], abs=1e-3)
-    assert r" $\pm$ " in (finished / "ablation.tex").read_text()
+    assert [row["seed"] for row in rows] == ["0"] * 4
+    assert float(rows[0]["AD↓(100%)"]) == pytest.approx(value, abs=1e-3)
+    assert r"AD$\downarrow$(100\%)" in (finished / "ablation.tex").read_text()
     with Image.open(finished / "ablation.png") as picture:
         assert picture.width > picture.height
 
@@ -182,6 +182,31 @@ def test_one_run_that_diverges_does_not_stop_the_others(pictures, tmp_path, monk
     assert "diverged: 1 (seed 0)" in (tmp_path / "out" / "ablation.md").read_text()
 
 
+@pytest.fixture
+def config(pictures, tmp_path):
+    return TrainConfig(
+        backbone="vit",
+        backbone_config=TINY,
+        weights=None,
+        dataset=f"folder:{pictures}",
+        output=tmp_path / "out",
+    )
+
+
+def test_all_settings_are_trained_once_before_any_with_another_seed(config, monkeypatch):
+    seen = []
+
+    def diverging(run):
+        seen.append((run.seed, run.learning_rate))
+        raise Diverged("training diverged")
+
+    monkeypatch.setattr(sweep, "train", diverging)
+    with pytest.raises(Failure, match="every run diverged"):
+        module.ablate(config, Ablation(over=(("learning-rate", "1", "2"),), seeds=2))
+    assert seen == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert [one["diverged"] for one in read(config.output)] == [[0, 1], [0, 1]]
+
+
 @pytest.mark.parametrize(
     ("over", "options", "message"),
     [
@@ -197,19 +222,12 @@ def test_one_run_that_diverges_does_not_stop_the_others(pictures, tmp_path, monk
     ],
 )
 def test_mistakes_are_refused_before_anything_is_trained(
-    over, options, message, tmp_path, pictures, monkeypatch
+    over, options, message, config, monkeypatch
 ):
     monkeypatch.setattr(sweep, "train", lambda run: pytest.fail("trained"))
-    config = TrainConfig(
-        backbone="vit",
-        backbone_config=TINY,
-        weights=None,
-        dataset=f"folder:{pictures}",
-        output=tmp_path / "out",
-    )
     with pytest.raises(ValueError, match=message):
         module.ablate(config, Ablation(over=over, **options))
-    assert not [path for path in tmp_path.rglob("*") if path.is_dir() and path.name != "out"]
+    assert not list(config.output.rglob("*"))
 
 
 def test_the_command_ends_with_one_line(tmp_path, refusal):

@@ -86,7 +86,8 @@ def ablate(config: TrainConfig, ablation: Ablation) -> list["Result"]:
     """
     _check(ablation)
     axes, maskings = _axes(config, ablation)
-    trials = grid(config, axes)
+    # All settings once, before any of them with another seed.
+    trials = sorted(grid(config, axes), key=lambda trial: trial.run.seed)
     check_output_folder(config.output)
     results: dict[tuple[str, ...], Result] = {}
     with locked(config.output):
