@@ -33,7 +33,7 @@ MetricNames = Annotated[
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Selection:
+class ImageSelection:
     """Images of a data set."""
 
     dataset: str | None = None
@@ -55,7 +55,7 @@ class Selection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationOptions(Selection):
+class EvaluationOptions(ImageSelection):
     """Images and metrics of an evaluation."""
 
     measures: MetricNames = ("ad", "ic")
