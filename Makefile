@@ -1,6 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Packages are installed without bytecode. It is written when a module is first imported, even where
+# the environment forbids it: otherwise every process of the tests compiles JAX from source.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo check test test-slow test-lowest bench docs clean
 

@@ -79,34 +79,62 @@ def import_model(
     names = None if class_names is None else tuple(class_names)
     description = dataclasses.replace(description, class_names=names)
     backbone = ImportedBackbone(str(output), description, tensors)
+    found, own = _checked_differences(backbone, module, model)
+    save_imported(backbone, output, model)
+    return _report(backbone, output, model, found, own)
+
+
+def _checked_differences(
+    backbone: ImportedBackbone, module, model: str
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The differences from PyTorch, and PyTorch's own rounding, if they are above `TOLERANCE`.
+
+    Raises:
+      Failure: they cannot be explained by rounding.
+    """
     found = differences(backbone, module)
-    own = rounding(backbone, module) if _exceeds(found, TOLERANCE) else dict.fromkeys(found, 0.0)
+    if not _exceeds(found, TOLERANCE):
+        return found, {}
+    own = rounding(backbone, module)
     for what, value in found.items():
         allowed = max(TOLERANCE, ROUNDINGS * own[what])
-        if not value <= allowed:
+        if not value <= allowed:  # NaN is not
             raise Failure(
                 f"{model} in JAX differs from PyTorch: {what} by {value:.1e}, above {allowed:.1e}; "
                 "nothing was written"
             )
-    save_imported(backbone, output, model)
-    size = preprocessing.image_size
-    count = sum(value.size for value in tensors.values())
+    return found, own
+
+
+def _report(
+    backbone: ImportedBackbone,
+    output: Path,
+    model: str,
+    found: Mapping[str, float],
+    own: Mapping[str, float],
+) -> list[str]:
+    """Lines about a written classifier."""
+    size = backbone.preprocessing.image_size
+    count = sum(value.size for value in jax.tree.leaves(nnx.state(backbone)))
+    maps = (
+        f"{name} {'x'.join(map(str, shape))}"
+        for name, shape in zip(backbone.feature_layers, backbone.feature_shapes())
+    )
     return [
         f"{output}: {model}, {count:,} values, {backbone.num_classes} classes, {size}x{size} pixels",
-        "feature maps: "
-        + ", ".join(
-            f"{name} {'x'.join(map(str, shape))}"
-            for name, shape in zip(backbone.feature_layers, backbone.feature_shapes())
-        ),
+        f"feature maps: {', '.join(maps)}",
         f"layer of CAM methods: {backbone.target_layer}",
-        "differences from PyTorch: "
-        + ", ".join(f"{what} {value:.1e}" for what, value in found.items()),
+        f"differences from PyTorch: {_listed(found)}",
         *(
             f"float32 itself differs from float64 in PyTorch: {what} by {value:.1e}"
             for what, value in own.items()
             if value > TOLERANCE
         ),
     ]
+
+
+def _listed(differences: Mapping[str, float]) -> str:
+    return ", ".join(f"{what} {value:.1e}" for what, value in differences.items())
 
 
 def load_module(

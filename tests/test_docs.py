@@ -19,6 +19,7 @@ pytestmark = pytest.mark.quick
 @pytest.mark.parametrize("name", list_methods())
 def test_every_method_is_documented(name):
     assert method_title(name) in (DOCS / "methods.md").read_text()
+    assert f"`{name}`" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", list_metrics())
@@ -74,8 +75,9 @@ def test_shell_blocks_use_commands_and_flags_that_exist(page, capsys):
             command, *rest = words.partition("#")[0].split()
             if command not in COMMANDS:  # a machine may have that name
                 continue
+            choosing = {"convert": rest[:1], "explain": ["--dataset=NAME"] * ("--dataset" in rest)}
             with pytest.raises(SystemExit):
-                main([command, *(rest[:1] if command == "convert" else []), "--help"])
+                main([command, *choosing.get(command, []), "--help"])
             known = set(re.findall(r"--[a-z][a-z.-]*", capsys.readouterr().out))
             used = {word.rstrip('"') for word in rest if word.startswith("--")}
             assert used <= known, (words, used - known)

@@ -20,6 +20,8 @@ def _explain(args: Arguments) -> Command:
     """Explain images with a trained run, or with a method that needs no training."""
     import tyro
 
+    if any(word.partition("=")[0] == "--dataset" for word in args):
+        return _explain_dataset()
     from ttame_jax.experiments.explain import ExplainConfig, explain_files
 
     def explain(config: Annotated[ExplainConfig, tyro.conf.arg(name="")]) -> None:
@@ -33,8 +35,35 @@ def _explain(args: Arguments) -> Command:
         $ ttame explain photographs --run runs/vit_b16 --classes top3 --output explained
 
         $ ttame explain cat.jpg --backbone resnet50 --method scorecam --classes "tabby,Siamese cat"
+
+        A whole data set is explained in batches, into Parquet files. `ttame explain --dataset NAME
+        --help` lists the options.
+
+        $ ttame explain --dataset imagenet2012 --run runs/vit_b16 --output maps
         """
         explain_files(config)
+
+    return explain
+
+
+def _explain_dataset() -> Command:
+    import tyro
+
+    from ttame_jax.experiments.explain_dataset import ExplainDatasetConfig, explain_dataset
+    from ttame_jax.startup import Processes
+
+    def explain(
+        config: Annotated[ExplainDatasetConfig, tyro.conf.arg(name="")],
+        processes: Annotated[Processes, tyro.conf.arg(name="")],
+    ) -> None:
+        """Explain a data set in batches on all devices; writes maps in Parquet files.
+
+        $ ttame explain --dataset imagenet2012 --run runs/vit_b16 --output maps
+
+        $ ttame explain --dataset folder:photographs --backbone resnet50 --classes top3 --output maps
+        """
+        with _joined(processes):
+            explain_dataset(config)
 
     return explain
 
@@ -96,8 +125,6 @@ def _train(args: Arguments) -> Command:
 
 def _lr_find(args: Arguments) -> Command:
     """Search the peak rate and number of epochs by AD and IC."""
-    import dataclasses
-
     import tyro
 
     from ttame_jax.experiments.arguments import in_groups
@@ -105,11 +132,7 @@ def _lr_find(args: Arguments) -> Command:
     from ttame_jax.experiments.lr_find import lr_find as search
     from ttame_jax.startup import Processes
 
-    default = _preset_named_in(args)
-    if default.output is not tyro.MISSING:
-        folder = default.output.with_name(f"{default.output.name}_lr_find")
-        default = dataclasses.replace(default, output=folder)
-    Config = in_groups(default)
+    Config = in_groups(_preset_named_in(args, suffix="_lr_find"))
 
     def lr_find(
         config: Config,
@@ -124,6 +147,36 @@ def _lr_find(args: Arguments) -> Command:
             search(config, grid)
 
     return lr_find
+
+
+def _ablate(args: Arguments) -> Command:
+    """Train runs with different settings, and compare their AD and IC."""
+    import tyro
+
+    from ttame_jax.experiments.ablate import Ablation
+    from ttame_jax.experiments.ablate import ablate as run_ablation
+    from ttame_jax.experiments.arguments import in_groups
+    from ttame_jax.startup import Processes
+
+    Config = in_groups(_preset_named_in(args, suffix="_ablation"))
+
+    def ablate(
+        config: Config,
+        ablation: tyro.conf.OmitArgPrefixes[Ablation],
+        processes: tyro.conf.OmitArgPrefixes[Processes],
+    ) -> None:
+        """Train runs with different settings, and compare their AD and IC; writes tables and a plot.
+
+        $ ttame ablate --backbone resnet50 --over variant --seeds 3
+
+        $ ttame ablate --backbone vit_b16 --over masking
+
+        $ ttame ablate --backbone vit_b16 --over loss.area-exponent 0.2 0.3 --over epochs 4 8
+        """
+        with _joined(processes):
+            run_ablation(config, ablation)
+
+    return ablate
 
 
 def _evaluate(args: Arguments) -> Command:
@@ -168,6 +221,28 @@ def _compare(args: Arguments) -> Command:
             run_comparison(config)
 
     return compare
+
+
+def _sanity(args: Arguments) -> Command:
+    """Check that maps change when the network is randomised."""
+    import tyro
+
+    from ttame_jax.experiments.sanity import SanityConfig
+    from ttame_jax.experiments.sanity import sanity as run_sanity_check
+
+    def sanity(config: Annotated[SanityConfig, tyro.conf.arg(name="")]) -> None:
+        """Check that maps change when the network is randomised; needs the extra [sanity].
+
+        The backbone is randomised layer by layer from the logits to the images, and the attention
+        mechanism from the fusion to the earliest branch. Writes figures, curves and pictures.
+
+        $ ttame sanity --run runs/vit_b16 --output sanity
+
+        $ ttame sanity --run runs/vit_b16 --methods ttame,gradcam,gradcam++ --output sanity
+        """
+        run_sanity_check(config)
+
+    return sanity
 
 
 def _curves(args: Arguments) -> Command:
@@ -283,10 +358,12 @@ COMMANDS: dict[str, Callable[[Arguments], Command]] = {
     "train": _train,
     "evaluate": _evaluate,
     "compare": _compare,
+    "sanity": _sanity,
     "curves": _curves,
     "figures": _figures,
     "report": _report,
     "lr-find": _lr_find,
+    "ablate": _ablate,
     "prepare": _prepare,
     "convert": _convert,
     "demo": _demo,
@@ -371,15 +448,26 @@ def _joined(processes: "Processes") -> Iterator[None]:
         yield
 
 
-def _preset_named_in(args: Sequence[str]) -> "TrainConfig":
-    """The preset that --backbone names, which sets the defaults of ``train``."""
+def _preset_named_in(args: Sequence[str], suffix: str = "") -> "TrainConfig":
+    """The preset that --backbone names, which sets the defaults of ``train``.
+
+    Args:
+      args: the command line.
+      suffix: of the name of its folder.
+    """
+    import dataclasses
+
     import tyro
 
     from ttame_jax.config import preset
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--backbone", default=tyro.MISSING)
-    return preset(parser.parse_known_args(args)[0].backbone)
+    config = preset(parser.parse_known_args(args)[0].backbone)
+    if config.output is tyro.MISSING:
+        return config
+    folder = config.output.with_name(config.output.name + suffix)
+    return dataclasses.replace(config, output=folder)
 
 
 if __name__ == "__main__":

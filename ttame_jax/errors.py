@@ -16,12 +16,14 @@ EXTRAS = {
     "grain": "train",
     "tensorflow_datasets": "train",
     "tensorboardX": "train",
+    "pyarrow": "train",
     "matplotlib": "plots",
     "huggingface_hub": "hub",
     "gradio": "serve",
     "onnx": "onnx",
     "jinja2": "report",
     "sklearn": "demo",
+    "skimage": "sanity",
 }
 """The extra that has a module."""
 

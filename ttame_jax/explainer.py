@@ -80,7 +80,7 @@ class Explainer:
             the classifier's.
         """
         images = checked_images(images)
-        wanted, likeliest = self._parse(classes)
+        wanted, likeliest = self.resolve(classes)
         if wanted is not None:
             if wanted.ndim != 2 or len(wanted) not in (1, len(images)):
                 raise ValueError(
@@ -152,11 +152,37 @@ class Explainer:
             for one in classes
         ]
 
+    def resolve(self, classes: Classes) -> tuple[np.ndarray | None, int]:
+        """Returns the classes as an array ``[1 or B, K]``, or None and the number of likeliest ones.
+
+        Args:
+          classes: as for calling the explainer.
+
+        Raises:
+          ValueError: a name is unknown, or there are fewer classes than ``"top5"`` asks for.
+        """
+        count = self.backbone.num_classes
+        if classes is None:
+            return None, 1
+        if isinstance(classes, str):
+            number = classes.removeprefix("top")
+            if classes == "all":
+                return np.arange(count)[None], 0
+            if number != classes and number.isdecimal():
+                if not 0 < int(number) <= count:
+                    raise ValueError(f"classes {classes!r}: use up to 'top{count}'")
+                return None, int(number)
+            classes = [classes]
+        if isinstance(classes, Sequence):
+            classes = self.class_ids(classes)
+        wanted = np.asarray(classes)
+        return wanted.reshape(1, -1) if wanted.ndim < 2 else wanted, 0
+
     def _explain_tiles(self, picture: Image.Image, classes: Classes) -> Explanation:
         preprocessing = self.backbone.preprocessing
         views = tiles(picture, preprocessing)
         images = _batch(views)
-        wanted, likeliest = self._parse(classes)
+        wanted, likeliest = self.resolve(classes)
         if wanted is None:
             mean = np.asarray(_classify(self._graph, self._state, images)).mean(axis=0)
             wanted = np.argsort(-mean, kind="stable")[None, :likeliest]
@@ -174,25 +200,6 @@ class Explainer:
     def _explanation(self, picture, maps, classes, probabilities, box) -> Explanation:
         labels = tuple(label(int(i), self.class_names) for i in classes)
         return Explanation(np.asarray(picture), maps, classes, probabilities, labels, box)
-
-    def _parse(self, classes: Classes) -> tuple[np.ndarray | None, int]:
-        """The classes as an array ``[1 or B, K]``, or None and the number of the likeliest ones."""
-        count = self.backbone.num_classes
-        if classes is None:
-            return None, 1
-        if isinstance(classes, str):
-            number = classes.removeprefix("top")
-            if classes == "all":
-                return np.arange(count)[None], 0
-            if number != classes and number.isdecimal():
-                if not 0 < int(number) <= count:
-                    raise ValueError(f"classes {classes!r}: use up to 'top{count}'")
-                return None, int(number)
-            classes = [classes]
-        if isinstance(classes, Sequence):
-            classes = self.class_ids(classes)
-        wanted = np.asarray(classes)
-        return wanted.reshape(1, -1) if wanted.ndim < 2 else wanted, 0
 
 
 def _batch(views: Sequence[View]) -> np.ndarray:

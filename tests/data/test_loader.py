@@ -7,8 +7,10 @@ import pytest
 from data_helpers import Pictures
 
 from ttame_jax.data import evaluation_batches
+from ttame_jax.data.evaluation import MOST_BOXES
 from ttame_jax.data.loader import train_batches
 from ttame_jax.data.transforms import evaluation_image
+from ttame_jax.errors import Failure
 from ttame_jax.preprocessing import Preprocessing
 
 SMALL = Preprocessing(image_size=8, resize_size=10)
@@ -158,15 +160,24 @@ class BoxedPictures(Pictures):
 
 
 @pytest.mark.filterwarnings("ignore:skipping")
-def test_evaluation_with_boxes_tells_which_pixels_lie_inside():
+def test_evaluation_has_the_boxes_of_the_crops():
     source = BoxedPictures(101, damaged=(3,))
     batches = evaluation_batches(source, SMALL, 51, boxes=True)
-    first, last = (batch["inside"] for batch in batches)
-    assert first.shape == (51, 8, 8) and first.dtype == bool
-    left = np.tile(np.arange(8) < 4, (8, 1))
-    np.testing.assert_array_equal(first[:3], [np.zeros((8, 8)), left, np.ones((8, 8))])
-    assert not first[3].any() and first[4:].all() and last[:50].all()  # 3 cannot be read
-    assert not last[50].any()  # padding
+    first, last = (batch["boxes"] for batch in batches)
+    assert first.shape == (51, MOST_BOXES, 4) and first.dtype == np.float32
+    counts = np.isfinite(np.concatenate([first, last])).all(axis=2).sum(axis=1).tolist()
+    assert counts == [0, 1, 2, 0] + 97 * [2] + [0]  # 3 cannot be read, the last one is padding
+    (crop,) = {tuple(boxes[0]) for boxes in first[1:] if np.isfinite(boxes[0]).all()}
+    assert crop[1] < crop[3] and crop[0] < crop[2]
+
+
+def test_an_image_with_too_many_boxes_is_named():
+    class Crowded(BoxedPictures):
+        def __getitem__(self, index):
+            return super().__getitem__(index) | {"boxes": np.ones((65, 4), np.float32)}
+
+    with pytest.raises(Failure, match="000.jpg has 65 boxes, more than 64"):
+        next(iter(evaluation_batches(Crowded(2), SMALL, 2, boxes=True)))
 
 
 def test_boxes_of_a_source_without_are_refused():

@@ -8,12 +8,13 @@ from ttame_jax.data import transforms as own_transforms
 from ttame_jax.data.transforms import (
     UnreadableImage,
     centre_crop,
+    crop_boxes,
     decode,
     evaluation_image,
-    inside_boxes,
     preprocess,
     training_image,
 )
+from ttame_jax.metrics.base import pixels_inside
 from ttame_jax.preprocessing import Preprocessing
 
 pytestmark = pytest.mark.quick
@@ -184,20 +185,15 @@ def test_boxes_are_cropped_like_the_image(size):
     pixels[top:bottom, left:right] = 255
     crop = evaluation_image(encode(Image.fromarray(pixels)), SMALL)[..., 0]
     box = np.array([top, left, bottom, right]) / np.tile(size[::-1], 2)
-    inside = inside_boxes(box[None], size, SMALL)
+    inside = pixels_inside(crop_boxes(box[None], size, SMALL)[None], crop.shape)[0]
     assert inside.any() and not inside.all()
     np.testing.assert_array_equal(inside, crop > 128)
 
 
-def test_pixels_in_any_of_several_boxes_are_inside():
-    boxes = np.array([[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]])
-    whole = Preprocessing(image_size=4, resize_size=4)
-    expected = np.kron(np.eye(2), np.ones((2, 2))).astype(bool)
-    np.testing.assert_array_equal(inside_boxes(boxes, (9, 9), whole), expected)
-
-
-def test_no_box_and_boxes_outside_the_crop_have_no_pixels():
+def test_boxes_outside_the_crop_stay_outside():
     left = np.array([[0, 0, 1, 0.3]], np.float32)  # of an image three times as wide as high
-    assert not inside_boxes(left, (96, 32), SMALL).any()
-    assert inside_boxes(left, (32, 96), SMALL).any()
-    assert not inside_boxes(np.zeros((0, 4), np.float32), (9, 9), SMALL).any()
+    _, start, _, end = crop_boxes(left, (96, 32), SMALL)[0]
+    assert start < end < 0
+    _, start, _, end = crop_boxes(left, (32, 96), SMALL)[0]
+    assert start < 0.1 < end
+    assert crop_boxes(np.zeros((0, 4), np.float32), (9, 9), SMALL).shape == (0, 4)

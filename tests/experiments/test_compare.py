@@ -5,7 +5,9 @@ import pytest
 from PIL import Image
 
 from ttame_jax.cli import main
+from ttame_jax.experiments.evaluate import read_rows
 from ttame_jax.files import locked
+from ttame_jax.metrics import summarise
 from ttame_jax.metrics.evaluation import Evaluator
 from ttame_jax.runs import load_config, load_run, save_attention
 
@@ -28,7 +30,8 @@ def test_tables_curves_and_a_picture_are_written(finished):
     written = {path.name for path in finished.iterdir()}
     tables = {f"table_{kind}.{end}" for kind in ("ad_ic", "road") for end in ("md", "csv", "tex")}
     curves = {"road.png", "road.svg", "road.csv"}
-    assert written == tables | curves | {"maps.png"} | {f"{name}.json" for name in METHODS}
+    methods = {f"{name}.{end}" for name in METHODS for end in ("json", "npz")}
+    assert written == tables | curves | {"maps.png"} | methods
     head = (finished / "table_ad_ic.md").read_text().splitlines()[0]
     assert head == "| measure | Grad-CAM | RISE (8 images) | T-TAME |"
     with Image.open(finished / "maps.png") as picture:
@@ -62,9 +65,9 @@ def test_what_is_measured_is_not_measured_again(finished, run, monkeypatch):
     measured = []
     batches = Evaluator.batches
 
-    def counted(self, state=None, indices=None):
+    def counted(self, indices=None, state=None):
         measured.append((self.method.name, len(indices)))
-        return batches(self, state, indices)
+        return batches(self, indices, state)
 
     monkeypatch.setattr(Evaluator, "batches", counted)
     words = ["--methods", "gradcam,rise,ttame", "--pictures", "0", "--limits", "rise", "8"]
@@ -80,9 +83,9 @@ def test_figures_of_another_checkpoint_or_of_other_images_are_measured_again(
     measured = []
     batches = Evaluator.batches
 
-    def counted(self, state=None, indices=None):
+    def counted(self, indices=None, state=None):
         measured.append(self.method.name)
-        return batches(self, state, indices)
+        return batches(self, indices, state)
 
     monkeypatch.setattr(Evaluator, "batches", counted)
     shutil.copytree(run, tmp_path / "run")
@@ -105,6 +108,13 @@ def test_figures_of_another_checkpoint_or_of_other_images_are_measured_again(
     assert measured[3:] == ["gradcam", "ttame"]
 
 
+def test_the_rows_of_a_method_are_those_of_its_figures(finished):
+    rows = read_rows(finished / "gradcam.json")
+    figures = json.loads((finished / "gradcam.json").read_text())
+    assert len(rows["index"]) == 12
+    assert summarise(rows, ("ad", "ic"))["AD"] == pytest.approx(figures["AD"])
+
+
 def test_damaged_figures_are_measured_again(run, tmp_path):
     words = ["--methods", "gradcam", "--pictures", "0", "--measures", "ad,ic"]
     compare(run, tmp_path, *words)
@@ -116,6 +126,11 @@ def test_damaged_figures_are_measured_again(run, tmp_path):
         path.write_text(damaged)
         compare(run, tmp_path, *words)
         assert json.loads(path.read_text())["AD"] == whole["AD"]
+    rows = path.with_suffix(".npz")
+    for damage in (lambda: rows.write_bytes(rows.read_bytes()[:-40]), rows.unlink):
+        damage()
+        compare(run, tmp_path, *words)
+        assert len(read_rows(path)["index"]) == 12
 
 
 def test_a_method_that_fails_is_reported_and_the_rest_goes_on(run, tmp_path, capsys):

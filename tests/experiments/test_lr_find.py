@@ -12,6 +12,7 @@ from tiny import TINY
 from ttame_jax.cli import main
 from ttame_jax.config import TrainConfig
 from ttame_jax.experiments import lr_find as module
+from ttame_jax.experiments import sweep
 from ttame_jax.experiments.lr_find import Grid, Point, draw, lr_find, markdown
 from ttame_jax.metrics import Evaluator
 from ttame_jax.runs import build_attention, build_backbone, load_attention, load_config
@@ -45,7 +46,7 @@ def finished(pictures, tmp_path_factory):
 def trained(monkeypatch):
     """The runs that a search trains; they are not trained really, nor is a plot drawn."""
     runs = []
-    monkeypatch.setattr(module, "train", runs.append)
+    monkeypatch.setattr(sweep, "train", runs.append)
     monkeypatch.setattr(module, "save_figure", lambda figure, path: None)
     return runs
 

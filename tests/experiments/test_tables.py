@@ -2,6 +2,7 @@ import csv
 import io
 
 import jax
+import numpy as np
 import pytest
 
 from ttame_jax.experiments.tables import comma_separated, comparison_tables, latex, markdown
@@ -44,6 +45,22 @@ def test_the_best_is_bold_and_the_second_underlined_whichever_way_is_better(colu
     assert lines[-1] == "| FP↓ | 1 | 4000 | 1 | 1 |"
 
 
+def test_what_is_within_chance_of_the_best_is_marked(columns):
+    """The differences of AD(100%) scatter around 0, those of IC(100%) do not."""
+    noise = np.random.default_rng(0).normal(size=100)
+    measured = [{key: one[key] for key in ("AD", "IC", "ROAD")} for one in columns]
+    replicates = [jax.tree.map(lambda value: np.full(100, value), one) for one in measured]
+    replicates[2]["AD"]["100"] = 8.7 + noise
+    rows = comparison_tables(columns, replicates)["ad_ic"]
+    lines = markdown(columns, rows).splitlines()
+    assert lines[2] == r"| AD↓(100%) | 32.12 | 1.00 | <u>9.33</u>\* | **8.74** |"
+    assert lines[3] == "| IC↑(100%) | 22.10 | 99.00 | **50.00** | <u>49.00</u> |"
+    assert lines[-1].startswith(r"\* is within chance of the best")
+    text = latex(columns, rows)
+    assert r"\underline{9.33}$^{*}$" in text and "* is within chance of the best" in text
+    assert "*" not in comma_separated(columns, rows)
+
+
 def test_equal_as_far_as_two_decimals_tell_share_a_place(columns):
     lines = markdown(columns, comparison_tables(columns)["road"]).splitlines()
     assert lines[2] == "| MoRF↓ | <u>21.40</u> | 1.00 | **17.74** | **17.74** |"
@@ -77,6 +94,7 @@ def test_every_metric_is_in_its_table(columns):
         for tree, mean in ((column, float(i)), (column["intervals"], [i - 1, i + 1])):
             tree["ROAD_REFERENCE"] = tree["ROAD"]
             tree |= {k: {"mean": mean} for k in ("insertion", "deletion", "pointing", "energy")}
+            tree["maxboxacc"] = {"50": mean, "V2": mean}
     titles = {
         table: [row.title for row in rows] for table, rows in comparison_tables(columns).items()
     }
@@ -85,7 +103,7 @@ def test_every_metric_is_in_its_table(columns):
         "road": ["MoRF↓", "LeRF↑"],
         "road_reference": ["MoRF↓", "LeRF↑"],
         "insertion_deletion": ["Insertion↑", "Deletion↓"],
-        "localisation": ["Pointing game↑", "Energy↑"],
+        "localisation": ["Pointing game↑", "Energy↑", "MaxBoxAcc↑", "MaxBoxAccV2↑"],
     }
 
 

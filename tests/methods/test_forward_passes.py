@@ -25,6 +25,8 @@ CLASSES = jnp.array([[1, 2], [3, 4]])
         ("rise", {"masks": 21}),
         ("ttame", {}),
         ("lcam", {}),
+        ("gaussian", {}),
+        ("random", {}),
     ],
 )
 def test_a_method_makes_as_many_forward_passes_as_it_says(name, config, backbone):

@@ -8,6 +8,7 @@ from ttame_jax.preprocessing import Preprocessing
 pytestmark = pytest.mark.quick
 
 NAMES = ["ad", "ic", "road", "road_reference", "insertion", "deletion", "pointing", "energy"]
+NAMES.append("maxboxacc")
 
 
 def sample(predict=None):
@@ -37,9 +38,9 @@ def test_an_unknown_metric_is_refused():
         load_metrics(["ad", "roc"])
 
 
-def test_only_pointing_and_energy_need_boxes():
-    needing = [metric.name for metric in load_metrics(NAMES) if metric.needs_boxes]
-    assert needing == ["pointing", "energy"]
+def test_only_metrics_of_localisation_need_objects():
+    needing = {metric.name: metric.needs for metric in load_metrics(NAMES) if metric.needs}
+    assert needing == {"pointing": "inside", "energy": "inside", "maxboxacc": "boxes"}
 
 
 def test_naming_a_subclass_registers_it(monkeypatch):

@@ -99,6 +99,8 @@ def test_localisation_needs_no_classifier():
         ({"inside": np.ones((2, 4, 4), bool)}, r"inside must be bool \[2, 8, 8\]"),
         ({"metrics": ("nope",)}, "unknown metric 'nope'"),
         ({"metrics": ("pointing",)}, "'pointing' needs inside"),
+        ({"metrics": ("maxboxacc",)}, "'maxboxacc' needs boxes"),
+        ({"boxes": np.ones((2, 4))}, r"boxes must be \[N, M, 4\] with N = 2"),
         ({"predict": lambda images: 9 * np.ones((len(images), 3))}, "apply a softmax"),
         ({"predict": lambda images: np.ones(len(images))}, "must return probabilities"),
     ],

@@ -63,6 +63,7 @@ class Backbone(nnx.Module):
         without names, and None for others.
       masking: how the paper masks this classifier's input (section III-C).
       feature_kinds: the choices of feature maps that the family offers.
+      compared_features: those of `feature_kinds` that the paper's ablation compares (Table VI).
       feature_layers: names of the layers (see `named_layers`) whose outputs are the feature maps.
       target_layer: name of the layer that CAM methods read.
       prefix_tokens: number of tokens before the patches in the outputs of a transformer's layers.
@@ -73,6 +74,7 @@ class Backbone(nnx.Module):
 
     masking: Masking = "pixel"
     feature_kinds: ClassVar[tuple[str, ...]] = ()
+    compared_features: ClassVar[tuple[str, ...]] = ()
     rise_masks: ClassVar[int] = 8000
     any_size: bool = True
     prefix_tokens: int = 0
@@ -146,6 +148,16 @@ class Backbone(nnx.Module):
         (logits,). It also takes classes [K], to compute only their logits (None: all).
         """
         raise NotImplementedError
+
+    def layer_outputs(self, images: jax.Array) -> dict[str, Any]:
+        """What each layer returns for standardised images, by the layer's name in their order.
+
+        The last one, "head", returns the logits.
+        """
+        state, outputs = (images.astype(self.dtype),), {}
+        for name, layer in self.named_layers():
+            state = outputs[name] = layer(*state)
+        return outputs
 
     def feature_map(self, x: jax.Array) -> jax.Array:
         """A layer's output as [B, H_i, W_i, C_i]."""

@@ -155,6 +155,10 @@ class FunctionBackbone(Backbone):
         maps = (self.feature_map(self._channels_last(features[x])) for x in self.feature_layers)
         return logits.astype(jnp.float32), tuple(maps)
 
+    def layer_outputs(self, images):
+        logits, features = self.forward(self.params, images)
+        return {layer: features[layer] for layer in self.layers} | {"head": logits}
+
     def _channels_last(self, feature: jax.Array) -> jax.Array:
         first = feature.ndim == 4 and self.layout == "NCHW"
         return jnp.moveaxis(feature, 1, -1) if first else feature

@@ -73,6 +73,27 @@ def divide(
     return before, after
 
 
+def read_inputs(function: Callable[..., Any], *arguments: Any) -> list[set[int]]:
+    """The inputs that each output of a function is computed from.
+
+    Args:
+      function: returns a list of pytrees.
+      *arguments: pytrees of arrays or shapes.
+
+    Returns:
+      For each item of the list, the indices of the leaves of `arguments` that any of its leaves
+      depends on.
+    """
+    closed, structs = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    program = jax.make_jaxpr(lambda *inputs: _run(closed, inputs))(*closed.in_avals).jaxpr
+    outputs = jax.tree.structure(structs).unflatten(program.outvars)
+    index = {variable: i for i, variable in enumerate(program.invars)}
+    return [
+        {index[v] for v in _needed(program.eqns, jax.tree.leaves(item), [])[1] if v in index}
+        for item in outputs
+    ]
+
+
 CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2")
 """Primitives that only call a program."""
 

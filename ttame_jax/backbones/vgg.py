@@ -44,7 +44,7 @@ class VGG(Backbone):
     """Feature maps: the last three stages, after (`features="pool"`, as in the paper) or before
     (`"conv"`, its ablation) the max-pool that ends each stage."""
 
-    feature_kinds = ("pool", "conv")
+    feature_kinds = compared_features = ("pool", "conv")
     rise_masks = 4000
     min_size = 32
     architecture: Architecture

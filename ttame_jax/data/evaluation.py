@@ -9,10 +9,14 @@ import numpy as np
 
 from ttame_jax.data.elements import Element, Unreadable, element
 from ttame_jax.data.sources import Source
-from ttame_jax.data.transforms import centre_crop, decode, inside_boxes
+from ttame_jax.data.transforms import centre_crop, crop_boxes, decode
+from ttame_jax.errors import Failure
 from ttame_jax.preprocessing import Preprocessing
 
 _AHEAD = 2  # batches that are decoded while another one is used
+
+MOST_BOXES = 64
+"""Boxes that an image may have. All images are padded to as many."""
 
 
 def evaluation_batches(
@@ -27,16 +31,15 @@ def evaluation_batches(
 ) -> "EvaluationBatches":
     """Returns batches of centre crops: each image once and in order, padded at the end.
 
-    With `boxes`, a batch has another array, `inside`: bool [b, S, S], whether a pixel's centre
-    lies in any box of the image. It is all False for images without boxes, images whose boxes are
-    outside the crop, and padding.
+    With `boxes`, a batch has another array, `boxes`: float32 [b, MOST_BOXES, 4], the ymin, xmin,
+    ymax and xmax of an image's boxes as fractions of the crop, then NaN.
 
     Args:
       source: the images.
       preprocessing: the backbone's.
       batch_size: images per batch of this process.
       indices: the images to read; all by default.
-      boxes: whether to add `inside`; the source must have boxes.
+      boxes: whether to add `boxes`; the source must have boxes.
       process_index: `jax.process_index()`. Of all batches, the process takes every
         `process_count`-th, starting with this one. All processes take equally many.
       process_count: `jax.process_count()`.
@@ -111,11 +114,24 @@ class EvaluationBatches:
                 crop = centre_crop(image, self._preprocessing)
                 loaded = element(crop, record["label"], index)
                 if self._boxes:
-                    boxes = record["boxes"]
-                    loaded["inside"] = inside_boxes(boxes, image.size, self._preprocessing)
+                    boxes = crop_boxes(record["boxes"], image.size, self._preprocessing)
+                    loaded["boxes"] = self._padded(boxes, index)
                 return loaded
         blank = element(np.zeros((size, size, 3), np.uint8), -1, index, failed, valid=False)
-        return blank | {"inside": np.zeros((size, size), bool)} if self._boxes else blank
+        return blank | {"boxes": _no_boxes()} if self._boxes else blank
+
+    def _padded(self, boxes: np.ndarray, index: int) -> np.ndarray:
+        if len(boxes) > MOST_BOXES:
+            raise Failure(
+                f"{self._source.name(index)} has {len(boxes)} boxes, more than {MOST_BOXES}"
+            )
+        padded = _no_boxes()
+        padded[: len(boxes)] = boxes
+        return padded
+
+
+def _no_boxes() -> np.ndarray:
+    return np.full((MOST_BOXES, 4), np.nan, np.float32)
 
 
 def _batch(

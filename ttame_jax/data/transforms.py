@@ -110,26 +110,20 @@ def _resized_part(
     return np.asarray(image.resize((size, size), resampling(preprocessing), box))
 
 
-def inside_boxes(
+def crop_boxes(
     boxes: np.ndarray, image_size: tuple[int, int], preprocessing: Preprocessing
 ) -> np.ndarray:
-    """Returns the pixels of the centre crop whose centres lie in any box: bool [S, S].
+    """Returns boxes as fractions of the centre crop: float32 [N, 4]. They may lie outside of it.
 
     Args:
       boxes: [N, 4], as ymin, xmin, ymax, xmax in fractions of the whole image.
       image_size: width and height of the whole image in pixels.
       preprocessing: the backbone's, with its centre crop of S pixels.
     """
-    resized = resized_size(image_size, preprocessing)
-    corner = centre_corner(resized, preprocessing)
-    size = preprocessing.image_size
-    across, down = (  # of the pixels' centres, as fractions of the whole image
-        (start + np.arange(size) + 0.5) / length for start, length in zip(corner, resized)
-    )
-    top, left, bottom, right = boxes.T[..., None]
-    rows = (top <= down) & (down <= bottom)  # [N, S]
-    columns = (left <= across) & (across <= right)
-    return (rows[:, :, None] & columns[:, None, :]).any(axis=0)
+    (width, height) = resized = resized_size(image_size, preprocessing)
+    left, top = centre_corner(resized, preprocessing)
+    pixels = boxes * (height, width, height, width) - (top, left, top, left)
+    return (pixels / preprocessing.image_size).astype(np.float32)
 
 
 def preprocess(

@@ -15,7 +15,7 @@ from flax import nnx
 from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import Backbone
 from ttame_jax.data import evaluation_batches, thin
-from ttame_jax.errors import Damaged, Failure
+from ttame_jax.errors import Failure
 from ttame_jax.experiments import tables
 from ttame_jax.experiments.arguments import Names
 from ttame_jax.experiments.cost import estimate, is_slow
@@ -24,11 +24,13 @@ from ttame_jax.experiments.evaluate import (
     EvaluationOptions,
     EvaluationSetup,
     MetricNames,
-    read_figures,
+    known_figures,
+    read_rows,
 )
 from ttame_jax.files import check_output_folder, locked, to_json, write_atomically
 from ttame_jax.labels import label
 from ttame_jax.methods import Method, compute_maps, list_methods, load_method, method_title
+from ttame_jax.metrics import replicates, summarise
 from ttame_jax.plots import explanation_grid, save_figure
 from ttame_jax.preprocessing import to_float
 from ttame_jax.runs import load_class_names, load_run
@@ -163,7 +165,7 @@ class Comparison:
         """The figures of a method, from its file if that has the same settings."""
         path = self.config.output / f"{name}.json"
         settings = self._settings(name)
-        if (figures := _read(path)) and figures.get("settings") == settings:
+        if figures := known_figures(path, settings):
             return figures
         method = self.method(name)
         indices = thin(self.setup.indices, self.config.limits.get(name))
@@ -198,7 +200,8 @@ class Comparison:
     def write(self, figures: Mapping[str, dict]) -> None:
         """Tables, curves and the picture."""
         output, columns = self.config.output, list(figures.values())
-        for name, rows in tables.comparison_tables(columns).items():
+        chance = [self._replicates(name) for name in figures]
+        for name, rows in tables.comparison_tables(columns, chance).items():
             for extension, text in tables.FORMATS.items():
                 write_atomically(output / f"table_{name}.{extension}", text(columns, rows))
             print(tables.markdown(columns, rows))
@@ -206,6 +209,10 @@ class Comparison:
             curves([output / f"{name}.json" for name in figures], output)
         if self.config.pictures:
             self._draw(list(figures))
+
+    def _replicates(self, name: str) -> dict[str, Any]:
+        rows = read_rows(self.config.output / f"{name}.json")
+        return replicates(rows, lambda rows: summarise(rows, self.config.measures))
 
     def _draw(self, names: Sequence[str]) -> None:
         """Images in columns, methods in rows. Each map explains the predicted class of its image."""
@@ -226,14 +233,6 @@ class Comparison:
         path = self.config.output / "maps.png"
         save_figure(explanation_grid(pictures, rows, titles), path)
         print(path)
-
-
-def _read(path: Path) -> dict:
-    """The figures in a file; empty if it does not exist or is damaged."""
-    try:
-        return read_figures(path) if path.is_file() else {}
-    except Damaged:
-        return {}
 
 
 @nnx.jit

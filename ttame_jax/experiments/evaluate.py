@@ -12,12 +12,21 @@ import tyro
 
 from ttame_jax import files
 from ttame_jax.attention import AttentionMechanism
-from ttame_jax.data import Source, load_source, select
+from ttame_jax.backbones import Backbone
+from ttame_jax.data import BoxedSource, Source, load_source, read_boxes, select
 from ttame_jax.data.transforms import MAX_PIXELS
 from ttame_jax.errors import Damaged
 from ttame_jax.experiments.arguments import Names
 from ttame_jax.experiments.resumable import ResumableRows
-from ttame_jax.files import check_seal, locked, seal, to_json, write_atomically
+from ttame_jax.files import (
+    check_seal,
+    locked,
+    read_arrays,
+    save_arrays,
+    seal,
+    to_json,
+    write_atomically,
+)
 from ttame_jax.methods import Method, list_methods, load_method
 from ttame_jax.metrics import Evaluator, intervals, list_metrics, load_metrics, summarise
 from ttame_jax.metrics.base import Rows
@@ -33,7 +42,7 @@ MetricNames = Annotated[
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageSelection:
+class Selection:
     """Images of a data set."""
 
     dataset: str | None = None
@@ -55,31 +64,67 @@ class ImageSelection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationOptions(ImageSelection):
-    """Images and metrics of an evaluation."""
+class ImageOptions(Selection):
+    """Images to explain with a run."""
 
-    measures: MetricNames = ("ad", "ic")
-    masking: MaskingChoice | None = None
-    """How a map masks an image for AD and IC. The default is the setting in the run's
-    configuration, or else the backbone's own masking. The authors' code masks pixels for every
-    backbone."""
-    batch_size: int = 32
-    """Images per batch, over all devices."""
     max_pixels: int = MAX_PIXELS
     """Images with more pixels count as unreadable."""
     seed: int = 0
-    """Seed of ROAD's noise."""
+    """Seed of ROAD's noise, or of the randomisation of ttame sanity."""
     weights: str | None = None
     """The backbone's weights, if they have moved since the run. FILE.py:FUNCTION for a run on a
     function of yours, whose code runs only if you name it."""
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("batch_size", "max_pixels"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.max_pixels < 1:
+            raise ValueError(f"--max-pixels must be at least 1, not {self.max_pixels}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must be at least 0 and below 2**63, not {self.seed}")
+
+    def load(self, run: Run) -> tuple[Source, np.ndarray]:
+        """The source, and the indices (int64 [N]) of the images in it.
+
+        Args:
+          run: supplies the defaults.
+        """
+        source = load_source(
+            self.dataset or run.config.dataset,
+            self.split,
+            self.data_dir or run.config.data_dir,
+            self.max_pixels,
+        )
+        return source, select(source, self.list, self.limit)
+
+
+def image_inputs(backbone: Backbone, source: Source, indices: np.ndarray) -> dict[str, str]:
+    """Fingerprints of weights and images."""
+    selected = files.digest([np.asarray(indices, np.int64)])
+    return {
+        "weights": digest(backbone),
+        "images": f"{source.fingerprint}, selection {selected}",
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(ImageOptions):
+    """Images and metrics of an evaluation."""
+
+    batch_size: int = 32
+    """Images per batch, over all devices."""
+    boxes: Path | None = None
+    """A CSV file of the objects' boxes: file_name,xmin,ymin,xmax,ymax, in fractions of the image.
+    Metrics of localisation leave out images without a box."""
+    measures: MetricNames = ("ad", "ic")
+    masking: MaskingChoice | None = None
+    """How a map masks an image for AD and IC. The default is the setting in the run's
+    configuration, or else the backbone's own masking. The authors' code masks pixels for every
+    backbone."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size must be at least 1, not {self.batch_size}")
         if not self.measures:
             raise ValueError(f"no metric given: --measures takes {', '.join(list_metrics())}")
         load_metrics(self.measures)  # fails before anything is loaded
@@ -92,7 +137,7 @@ class EvaluateConfig(EvaluationOptions):
     run: Path
     """The folder of a run, as written by ttame train."""
     output: Path
-    """JSON file for the figures. Rows of an unfinished evaluation are kept beside it."""
+    """JSON file for the figures. The values of each image are written beside it, as .npz."""
     method: Annotated[
         str | None,
         tyro.conf.arg(
@@ -140,21 +185,22 @@ class EvaluationSetup:
 
     def __init__(self, options: EvaluationOptions, run: Run):
         self.options = options
-        self.source: Source = load_source(
-            options.dataset or run.config.dataset,
-            options.split,
-            options.data_dir or run.config.data_dir,
-            options.max_pixels,
-        )
-        self.indices = select(self.source, options.list, options.limit)
-        selected = files.digest([np.asarray(self.indices, np.int64)])
-        self.inputs = {
-            "weights": digest(run.backbone),
-            "images": f"{self.source.fingerprint}, selection {selected}",
-        }
+        self.source, self.indices = options.load(run)
+        if options.boxes is not None:
+            self.source = self._with_boxes(options.boxes)
+        self.inputs = image_inputs(run.backbone, self.source, self.indices)
         own = run.backbone.masking
         choice = options.masking or run.config.evaluation_masking or own
         self.masking: Masking = own if choice == "backbone" else choice
+
+    def _with_boxes(self, path: Path) -> BoxedSource:
+        source = BoxedSource(self.source, read_boxes(path))
+        count = source.count(self.indices)
+        if jax.process_index() == 0:
+            print(f"{count} of {len(self.indices)} images of {source} have boxes in {path}")
+        if not count:
+            raise ValueError(f"no image of {source} has a box in {path}: names must be file names")
+        return source
 
     def inputs_of(self, attention: AttentionMechanism | None) -> dict[str, str]:
         """Fingerprints of what a method's figures depend on: weights, images and its attention."""
@@ -181,15 +227,17 @@ class EvaluationSetup:
         with locked(output, folder=False):
             resumable = ResumableRows(output, settings)
             wanted = self.indices if indices is None else indices
-            rows, seconds = resumable.collect(self.evaluator(method), wanted)
+            rows, seconds = resumable.collect(self.evaluator(method).batches, wanted)
             if jax.process_index() > 0:
                 return {}
             figures = {
                 **self.summarise(method, rows),
+                "rows": digest_of_rows(rows),
                 "seconds_per_image": seconds / len(rows["index"]),
                 "settings": settings,
             }
             figures = json.loads(to_json(figures))
+            save_arrays(rows_file(output), **rows)
             write_atomically(output, to_json(seal(figures), indent=2) + "\n")
             resumable.remove()
         return figures
@@ -228,6 +276,39 @@ def read_figures(path: Path) -> dict[str, Any]:
         return check_seal(json.loads(path.read_text()))
     except (ValueError, AttributeError) as error:
         raise Damaged(f"{path} is not a file of figures: {error}") from error
+
+
+def rows_file(path: Path) -> Path:
+    """The file of the rows of a file of figures: the values of each image."""
+    return path.with_suffix(".npz")
+
+
+def digest_of_rows(rows: Rows) -> str:
+    return files.digest(part for name in sorted(rows) for part in (name, rows[name]))
+
+
+def read_rows(path: Path) -> Rows:
+    """The rows that the figures in a file are means of.
+
+    Raises:
+      Damaged: they are others, or one of the files is damaged.
+      FileNotFoundError: one of the files does not exist.
+    """
+    rows = read_arrays(rows_file(path))
+    if digest_of_rows(rows) != read_figures(path).get("rows"):
+        raise Damaged(f"{rows_file(path)} has other rows than those of {path}")
+    return rows
+
+
+def known_figures(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures in a file; empty if it or its rows are missing or damaged, or of other settings."""
+    try:
+        figures = read_figures(path)
+        if "rows" in figures:
+            read_rows(path)
+    except (Damaged, FileNotFoundError):
+        return {}
+    return figures if figures.get("settings") == settings else {}
 
 
 def table(figures: Mapping[str, Any]) -> str:

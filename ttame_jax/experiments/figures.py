@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ttame_jax.data import Source, load_source, select, thin
 from ttame_jax.data.transforms import decode, open_picture
 from ttame_jax.experiments.cost import estimate, is_slow
-from ttame_jax.experiments.evaluate import ImageSelection
+from ttame_jax.experiments.evaluate import Selection
 from ttame_jax.experiments.explain import Drawing, MethodConfig, find_images, parse_classes
 from ttame_jax.explainer import Classes, Explainer
 from ttame_jax.explanation import Explanation
@@ -51,7 +51,7 @@ class Classifiers:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FiguresConfig(Drawing, ImageSelection, MethodConfig, Classifiers):
+class FiguresConfig(Drawing, Selection, MethodConfig, Classifiers):
     """Images to explain, classifiers and a method."""
 
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
@@ -67,7 +67,7 @@ class FiguresConfig(Drawing, ImageSelection, MethodConfig, Classifiers):
     """Folder for the figure, which is named after the classes: predicted.svg, .pdf and .png."""
 
     def __post_init__(self):
-        for part in (Classifiers, MethodConfig, ImageSelection, Drawing):
+        for part in (Classifiers, MethodConfig, Selection, Drawing):
             part.__post_init__(self)
         if self.images and self.dataset is not None:
             raise ValueError("give either images or --dataset")

@@ -1,27 +1,25 @@
 """`ttame lr-find`: the paper's grid search over peak rates and epochs, by AD and IC at 15 %."""
 
-import csv
 import dataclasses
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 from etils import epath
 from matplotlib.figure import Figure
 
-from ttame_jax.config import CONFIG_FILE, TrainConfig, command, preset
+from ttame_jax.config import TrainConfig, command, preset
 from ttame_jax.errors import Damaged, Failure
+from ttame_jax.experiments import sweep
 from ttame_jax.experiments.arguments import listed
-from ttame_jax.experiments.train import train
+from ttame_jax.experiments.sweep import Axis, Setting, train_each
+from ttame_jax.experiments.tables import csv_table, markdown_table
 from ttame_jax.files import write_atomically
 from ttame_jax.plots import line_style, save_figure
-from ttame_jax.runs import CHECKPOINT_FOLDER, load_config, score
-from ttame_jax.training.log import say
-from ttame_jax.training.loop import Diverged, settle
+from ttame_jax.runs import score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,28 +78,21 @@ def lr_find(config: TrainConfig, grid: Grid) -> Point | None:
             f"lr-find needs validation images: --validation-images must be at least 1, "
             f"not {config.validation_images}"
         )
-    runs = _runs(config, grid)
+    axes = [_axis("rate", "learning_rate", grid.rates)]
+    if grid.epochs_grid:
+        axes.append(_axis("epochs", "epochs", grid.epochs_grid))
     points: list[Point] = []
-    for i, run in enumerate(runs, start=1):
-        run = settle(dataclasses.replace(run, batch_size=_batch_size(runs)))
-        if _figures(run) is None:
-            say(f"run {i} of {len(runs)}: --learning-rate {run.learning_rate:g}")
-            try:
-                train(run)
-            except Diverged as error:
-                say(str(error))
-                continue
-        lines = _figures(run)
-        if lines is None:
-            say("stopped: the same command resumes the search")
+    for trial, outcome in train_each(sweep.grid(config, axes)):
+        if outcome == "stopped":
             return None
-        settled = load_config(run.output)
-        points += [
-            Point(settled, line["epoch"], line)
-            for line in (lines[-1:] if grid.epochs_grid else lines)
-        ]
-        if jax.process_index() == 0:
-            _write(points, config.output)
+        if outcome == "finished":
+            lines = _lines(trial.run)
+            points += [
+                Point(trial.run, line["epoch"], line)
+                for line in (lines[-1:] if grid.epochs_grid else lines)
+            ]
+            if jax.process_index() == 0:
+                _write(points, config.output)
     best = max(points, key=lambda point: point.score, default=None)
     if best is None or best.score == -math.inf:
         raise Failure("every rate diverged: try lower ones, as --rates 1e-6,1e-5,1e-4")
@@ -109,41 +100,22 @@ def lr_find(config: TrainConfig, grid: Grid) -> Point | None:
     return best
 
 
-def _runs(config: TrainConfig, grid: Grid) -> list[TrainConfig]:
-    runs = []
-    for rate in dict.fromkeys(grid.rates):
-        folder = config.output / f"rate_{rate}"
-        run = dataclasses.replace(config, learning_rate=rate, output=folder)
-        runs += [
-            dataclasses.replace(run, epochs=epochs, output=folder / f"epochs_{epochs}")
-            for epochs in dict.fromkeys(grid.epochs_grid)
-        ] or [run]
-    return runs
+def _axis(name: str, field: str, values: Sequence[float]) -> Axis:
+    return Axis(name, tuple(Setting(str(x), {field: x}) for x in dict.fromkeys(values)))
 
 
-def _batch_size(runs: Sequence[TrainConfig]):
-    """The batch size of all runs: if it is auto, what the first run has chosen."""
-    for run in runs:
-        if run.batch_size == "auto" and (epath.Path(run.output) / CONFIG_FILE).is_file():
-            return load_config(run.output).batch_size
-    return runs[0].batch_size
-
-
-def _figures(run: TrainConfig) -> list[dict] | None:
-    """The lines of a finished run, one per epoch; None if it is unfinished."""
+def _lines(run: TrainConfig) -> list[dict]:
+    """The validation of a finished run after each epoch."""
     path = epath.Path(run.output) / "validation.jsonl"
-    text = path.read_text() if path.is_file() else ""
     try:
-        lines = [json.loads(line) for line in text.split("\n")[:-1]]
-        if not lines or lines[-1]["epoch"] < run.epochs:
-            return None
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
         for line in lines:
             score(line)
-    except (ValueError, TypeError, KeyError) as error:
+        if lines[-1]["epoch"] < run.epochs:
+            raise ValueError("lines are missing")
+    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
         raise Damaged(f"{path} is damaged: delete {run.output} to train it again") from error
-    # A run is validated before its checkpoint is saved.
-    saved = epath.Path(run.output) / CHECKPOINT_FOLDER / str(lines[-1]["step"])
-    return [line for line in lines if line["epoch"]] if saved.is_dir() else None
+    return [line for line in lines if line["epoch"]]
 
 
 def _write(points: Sequence[Point], output: Path) -> None:
@@ -172,18 +144,16 @@ def markdown(points: Sequence[Point]) -> str:
     }
     lines = [["rate ↓ epochs →", *map(str, epochs)], ["---"] * (len(epochs) + 1)]
     lines += [[f"{rate:g}", *(cells.get((rate, e), "") for e in epochs)] for rate in rates]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return markdown_table(lines)
 
 
 def comma_separated(points: Sequence[Point]) -> str:
     """One line per point. The score is IC - AD."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["learning_rate", "epochs", "AD_15", "IC_15", "score"])
+    lines: list[list[Any]] = [["learning_rate", "epochs", "AD_15", "IC_15", "score"]]
     for point in sorted(points, key=lambda point: (point.run.learning_rate, point.epochs)):
         values = (point.figures["AD_15"], point.figures["IC_15"], point.score)
-        writer.writerow([point.run.learning_rate, point.epochs, *(f"{v:.3f}" for v in values)])
-    return buffer.getvalue()
+        lines.append([point.run.learning_rate, point.epochs, *(f"{v:.3f}" for v in values)])
+    return csv_table(lines)
 
 
 def draw(points: Sequence[Point]) -> Figure:

@@ -85,7 +85,7 @@ def report(config: ReportConfig, note: str = "") -> dict[str, Any]:
     settings |= {"inputs": setup.inputs_of(run.attention)}
     with locked(output, folder=False):
         resumable = ResumableRows(output, settings)
-        rows, _ = resumable.collect(setup.evaluator(method), setup.indices)
+        rows, _ = resumable.collect(setup.evaluator(method).batches, setup.indices)
         figures = setup.summarise(method, rows)
         write_atomically(output, _page(config, run, setup, explainer, rows, figures, note))
         resumable.remove()

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from ttame_jax.files import SEAL, check_seal, seal, to_json, write_atomically
 from ttame_jax.metrics.base import Rows
-from ttame_jax.metrics.evaluation import Evaluator
 
 
 class ResumableRows:
@@ -31,9 +30,15 @@ class ResumableRows:
         self.header = to_json({"settings": settings})
 
     def collect(
-        self, evaluator: Evaluator, indices: Sequence[int] | np.ndarray
+        self,
+        batches: Callable[[np.ndarray], Iterable[Rows]],
+        indices: Sequence[int] | np.ndarray,
     ) -> tuple[Rows, float]:
         """Evaluates the images that have no row yet.
+
+        Args:
+          batches: yields the rows of the images with the given indices, batch by batch.
+          indices: of all images.
 
         Returns:
           The rows of all images, sorted by index, and the total time in seconds.
@@ -47,7 +52,7 @@ class ResumableRows:
         )
         start = time.perf_counter()
         with bar:
-            for rows in evaluator.batches(indices=left) if len(left) else ():
+            for rows in batches(left) if len(left) else ():
                 seconds, start = time.perf_counter() - start, time.perf_counter()
                 count = len(rows["index"])
                 new = [

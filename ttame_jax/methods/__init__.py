@@ -12,6 +12,7 @@ from ttame_jax.methods.transformer_lrp import TransformerLRP
 from ttame_jax.methods.iia import IIA
 from ttame_jax.methods.integrated_gradients import IntegratedGradients
 from ttame_jax.methods.ttame import LCAM, TTAME
+from ttame_jax.methods.baselines import CentredGaussian, RandomMap
 from ttame_jax.methods.registry import list_methods, load_method, method_title
 # isort: on
 
@@ -21,12 +22,14 @@ __all__ = [
     "RISE",
     "TTAME",
     "AblationCAM",
+    "CentredGaussian",
     "Explanations",
     "GradCAM",
     "GradCAMPlusPlus",
     "IntegratedGradients",
     "LayerCAM",
     "Method",
+    "RandomMap",
     "ScoreCAM",
     "TransformerLRP",
     "compute_maps",

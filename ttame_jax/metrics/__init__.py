@@ -17,7 +17,15 @@ from ttame_jax.metrics.road import Road, RoadReference
 from ttame_jax.metrics.auc import Deletion, Insertion
 from ttame_jax.metrics.pointing import PointingGame
 from ttame_jax.metrics.energy import Energy
-from ttame_jax.metrics.evaluation import Evaluator, intervals, summarise
+from ttame_jax.metrics.maxboxacc import MaxBoxAcc
+from ttame_jax.metrics.evaluation import (
+    Evaluator,
+    bootstrap,
+    interval,
+    intervals,
+    replicates,
+    summarise,
+)
 # isort: on
 
 __all__ = [
@@ -27,15 +35,19 @@ __all__ = [
     "Evaluator",
     "IncreaseInConfidence",
     "Insertion",
+    "MaxBoxAcc",
     "Metric",
     "PointingGame",
     "Road",
     "RoadReference",
     "Sample",
     "TableRow",
+    "bootstrap",
+    "interval",
     "intervals",
     "list_metrics",
     "load_metric",
     "load_metrics",
+    "replicates",
     "summarise",
 ]

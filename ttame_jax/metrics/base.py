@@ -1,12 +1,14 @@
 """The interface of every metric, what a metric is given, and the registry of metrics."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ttame_jax.metrics.confidence import masked_confidences
@@ -31,8 +33,9 @@ class Sample:
       masking: how a map masks an image.
       index: int `[B]`, the images' indices in their data set.
       key: a typed key, the same for every batch.
-      inside: bool `[B, H, W]`, whether a pixel's centre lies in any box of the image. None unless
-        a metric needs boxes.
+      boxes: `[B, M, 4]`, the ymin, xmin, ymax and xmax of each image's boxes as fractions of the
+        image; NaN for an image with fewer. None unless a metric needs them.
+      inside: bool `[B, H, W]`, the pixels of the object. None unless a metric needs them.
     """
 
     predict: Callable[[jax.Array], jax.Array]
@@ -44,6 +47,7 @@ class Sample:
     masking: Masking
     index: jax.Array
     key: jax.Array
+    boxes: Any = None
     inside: Any = None
 
     @cached_property
@@ -95,7 +99,8 @@ class TableRow:
     def title(self) -> str:
         return f"{self.label}{'↓' if self.lower_is_better else '↑'}{self.detail}"
 
-    def value(self, summary: Mapping[str, Any]) -> float:
+    def value(self, summary: Mapping[str, Any]) -> Any:
+        """The leaf of a tree such as a summary, or of its intervals."""
         value: Any = summary
         for key in self.path:
             value = value[key]
@@ -114,7 +119,7 @@ class Metric(ABC):
       table: the comparison table that shows the metric. Metrics may share one.
       label: of the default table row.
       lower_is_better: the metric's direction.
-      needs_boxes: whether the metric reads `Sample.inside`.
+      needs: what it reads of the images' objects: `Sample.boxes`, `Sample.inside`, or nothing.
     """
 
     name: str
@@ -122,7 +127,7 @@ class Metric(ABC):
     table: str
     label: str
     lower_is_better: bool
-    needs_boxes: bool = False
+    needs: Literal["boxes", "inside"] | None = None
 
     def __init_subclass__(cls, *, name: str | None = None, key: str | None = None):
         super().__init_subclass__()
@@ -132,15 +137,34 @@ class Metric(ABC):
 
     @abstractmethod
     def measure(self, sample: Sample) -> dict[str, jax.Array]:
-        """Returns the metric's columns, `[B, ...]`. Called under `jax.jit`."""
+        """Returns the metric's columns, `[B, ...]`. Called under `jax.jit`.
+
+        NaN marks an image that cannot be measured.
+        """
 
     def summarise(self, rows: Rows) -> dict[str, Any]:
         """Returns means over the rows in %, such as `{"mean": 12.5}`."""
-        return {"mean": 100 * float(rows[self.name].mean())}
+        values = rows[self.name]
+        measured = values[~np.isnan(values)]
+        return {"mean": 100 * float(measured.mean()) if measured.size else math.nan}
 
     def table_rows(self) -> Sequence[TableRow]:
         """Returns the rows that show the metric in its table."""
         return [TableRow(self.label, (self.key, "mean"), self.lower_is_better)]
+
+
+def pixels_inside(boxes: jax.Array, size: tuple[int, ...]) -> jax.Array:
+    """Returns the pixels whose centres lie in any box: bool `[B, *size]`.
+
+    Args:
+      boxes: see `Sample`.
+      size: height and width of the images.
+    """
+    down, across = ((jnp.arange(length) + 0.5) / length for length in size)
+    top, left, bottom, right = jnp.moveaxis(boxes, -1, 0)[..., None]
+    rows = (top <= down) & (down <= bottom)  # [B, M, H]
+    columns = (left <= across) & (across <= right)
+    return (rows[..., :, None] & columns[..., None, :]).any(axis=1)
 
 
 def measure_sample(sample: Sample, metrics: Sequence[Metric]) -> dict[str, jax.Array]:

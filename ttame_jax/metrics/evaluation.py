@@ -1,7 +1,7 @@
 """Measures an explanation method image by image, data-parallel, and averages over the images."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,14 @@ from ttame_jax.data import Source, evaluation_batches
 from ttame_jax.masking import upsample
 from ttame_jax.mesh import AXIS, data_mesh, gather, replicate, shard_batch
 from ttame_jax.methods import Method
-from ttame_jax.metrics.base import Metric, Rows, Sample, load_metrics, measure_sample
+from ttame_jax.metrics.base import (
+    Metric,
+    Rows,
+    Sample,
+    load_metrics,
+    measure_sample,
+    pixels_inside,
+)
 from ttame_jax.preprocessing import Masking, to_float
 
 
@@ -60,15 +67,18 @@ class Evaluator:
         images = len(source) if indices is None else len(indices)
         self.batch_size = min(batch_size, -(-images // self.mesh.size) * self.mesh.size)
         loaded = load_metrics(self.metrics)
-        needing_boxes = [metric.name for metric in loaded if metric.needs_boxes]
+        needing_boxes = [metric.name for metric in loaded if metric.needs]
         if needing_boxes and not source.has_boxes:
-            raise ValueError(f"{source} has no boxes: remove the metric {needing_boxes[0]!r}")
+            raise ValueError(
+                f"{source} has no boxes: give them with --boxes FILE, or remove the metric "
+                f"{needing_boxes[0]!r}"
+            )
         self._boxes = bool(needing_boxes)
         self._step = _compiled(nnx.graphdef(method), self.mesh, self.masking, self.metrics)
 
     def __call__(self, state: nnx.State | None = None) -> Rows:
         """Returns the rows of all images. `state` replaces the method's own, as in training."""
-        parts = list(self.batches(state))
+        parts = list(self.batches(state=state))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def figures(self, state: nnx.State | None = None) -> dict[str, float]:
@@ -76,7 +86,7 @@ class Evaluator:
         return dict(_flat(summarise(self(state), self.metrics)))
 
     def batches(
-        self, state: nnx.State | None = None, indices: Sequence[int] | np.ndarray | None = None
+        self, indices: Sequence[int] | np.ndarray | None = None, state: nnx.State | None = None
     ) -> Iterator[Rows]:
         """Yields the rows batch by batch, of all images or of the given ones."""
         state = replicate(nnx.state(self.method) if state is None else state, self.mesh)
@@ -132,19 +142,21 @@ def _measure(
         return jax.nn.softmax(method.backbone(standardised)[0])
 
     images, preprocessing = to_float(batch["image"]), method.backbone.preprocessing
+    boxes, size = batch.get("boxes"), images.shape[1:3]
     probabilities = predict(preprocessing.standardise(images))
     classes = probabilities.argmax(axis=-1)
     sample = Sample(
         predict=predict,
         images=images,
-        maps=upsample(method(images, classes[:, None])[:, 0], images.shape[1:3]),
+        maps=upsample(method(images, classes[:, None])[:, 0], size),
         classes=classes,
         confidence=probabilities.max(axis=-1),
         preprocessing=preprocessing,
         masking=masking,
         index=batch["index"],
         key=key,
-        inside=batch.get("inside"),
+        boxes=boxes,
+        inside=None if boxes is None else pixels_inside(boxes, size),
     )
     return measure_sample(sample, metrics)
 
@@ -156,12 +168,46 @@ def summarise(rows: Rows, metrics: Sequence[str]) -> dict[str, Any]:
 
 def intervals(rows: Rows, metrics: Sequence[str], resamples: int = 1000) -> dict[str, Any]:
     """Returns bootstrap 95 % intervals: the tree of `summarise` with leaves `[low, high]`."""
+    return bootstrap(rows, lambda rows: summarise(rows, metrics), resamples)
+
+
+def bootstrap(
+    rows: Rows, summarise: Callable[[Rows], dict[str, Any]], resamples: int = 1000
+) -> dict[str, Any]:
+    """Returns bootstrap 95 % intervals of a summary of rows: its tree, with leaves `[low, high]`.
+
+    Arguments are those of `replicates`.
+    """
+    return jax.tree.map(interval, replicates(rows, summarise, resamples))
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """Returns the 95 % interval of values, `[low, high]`. NaN is left out."""
+    return np.nanpercentile(values, (2.5, 97.5)).tolist()
+
+
+def replicates(
+    rows: Rows, summarise: Callable[[Rows], dict[str, Any]], resamples: int = 1000
+) -> dict[str, Any]:
+    """Returns a summary of rows for resampled images.
+
+    The images of each resampling depend on the number of images only. Differences between the
+    replicates of two methods on the same images are therefore those of a paired bootstrap.
+
+    Args:
+      rows: one for each image.
+      summarise: returns a tree of numbers.
+      resamples: number of resamplings of the images.
+
+    Returns:
+      The tree, with leaves `[resamples]`.
+    """
     rng, count = np.random.default_rng(0), len(rows["index"])
     trees = []
     for _ in range(resamples):
         chosen = rng.integers(count, size=count)
-        trees.append(summarise({name: x[chosen] for name, x in rows.items()}, metrics))
-    return jax.tree.map(lambda *v: np.percentile(v, (2.5, 97.5)).tolist(), *trees)
+        trees.append(summarise({name: x[chosen] for name, x in rows.items()}))
+    return jax.tree.map(lambda *values: np.array(values), *trees)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

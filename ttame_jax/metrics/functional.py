@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttame_jax.masking import upsample
-from ttame_jax.metrics.base import Rows, Sample, load_metrics, measure_sample
+from ttame_jax.metrics.base import Rows, Sample, load_metrics, measure_sample, pixels_inside
 from ttame_jax.metrics.confidence import confidence
 from ttame_jax.metrics.evaluation import summarise
 from ttame_jax.preprocessing import IMAGENET, Masking, Preprocessing
@@ -32,6 +32,7 @@ def measure(
     *,
     classes: jax.typing.ArrayLike | None = None,
     inside: jax.typing.ArrayLike | None = None,
+    boxes: jax.typing.ArrayLike | None = None,
     preprocessing: Preprocessing = IMAGENET,
     masking: Masking = "pixel",
     batch_size: int = 32,
@@ -45,7 +46,10 @@ def measure(
       maps: `[N, h, w]` in [0, 1]. They are upsampled to the images.
       metrics: names of the metrics, see `list_metrics`.
       classes: int `[N]`, the explained classes. None is the predicted ones.
-      inside: bool `[N, H, W]`, the pixels of the object, which the pointing games need.
+      inside: bool `[N, H, W]`, the pixels of the object, which the pointing games need. None is
+        those in the boxes.
+      boxes: `[N, M, 4]`, the ymin, xmin, ymax and xmax of each image's boxes as fractions of the
+        image; NaN for an image with fewer. MaxBoxAcc needs them.
       preprocessing: its mean and standard deviation give the colour of removed pixels and the scale
         of ROAD's noise. Use the classifier's own.
       masking: how a map masks an image for AD and IC.
@@ -57,12 +61,13 @@ def measure(
 
     Raises:
       ValueError: an argument has the wrong shape, type or range, a metric does not exist, or
-        `inside` is missing for one that needs it.
+        needs `inside` or `boxes`, which are missing.
     """
-    arrays = _checked(images, maps, classes, inside)
+    arrays = _checked(images, maps, classes, inside, boxes)
     loaded = load_metrics(metrics)
-    if inside is None and (needing := [metric.name for metric in loaded if metric.needs_boxes]):
-        raise ValueError(f"the metric {needing[0]!r} needs inside: the pixels of the objects")
+    for metric in loaded:
+        if metric.needs and metric.needs not in arrays:
+            raise ValueError(f"the metric {metric.name!r} needs {metric.needs} of the objects")
     of_standardised, num_classes = _of_standardised(predict, arrays["images"][:1], preprocessing)
     explained = arrays.get("classes", np.zeros(1, int))
     if explained.min() < 0 or explained.max() >= num_classes:
@@ -83,6 +88,7 @@ def measure(
             masking=masking,
             index=batch["index"],
             key=jax.random.key(seed),
+            boxes=batch.get("boxes"),
             inside=batch.get("inside"),
         )
         return measure_sample(sample, loaded)
@@ -177,16 +183,35 @@ def energy(maps: jax.typing.ArrayLike, inside: jax.typing.ArrayLike) -> float:
     return _localisation("energy", maps, inside)
 
 
+def max_box_accuracy(
+    maps: jax.typing.ArrayLike, boxes: jax.typing.ArrayLike, size: tuple[int, int]
+) -> dict[str, float]:
+    """MaxBoxAcc (key "50") and MaxBoxAccV2 (key "V2") in %, higher is better.
+
+    Choe et al., CVPR 2020, and arXiv:2007.04178.
+
+    Args:
+      maps: `[N, h, w]` in [0, 1].
+      boxes: see `measure`.
+      size: height and width of the images, to which maps are upsampled.
+
+    Raises:
+      ValueError: as for `measure`.
+    """
+    images = np.zeros((len(np.asarray(maps)), *size, 3), np.float32)  # it does not look at them
+    return measure(_any_class, images, maps, ("maxboxacc",), boxes=boxes)["maxboxacc"]
+
+
 def _localisation(name: str, maps: jax.typing.ArrayLike, inside: jax.typing.ArrayLike) -> float:
     inside = np.asarray(inside)
     if inside.ndim != 3:
         raise ValueError(f"inside must be [N, H, W], not {list(inside.shape)}")
     images = np.zeros((*inside.shape, 3), np.float32)  # no such metric looks at them
+    return measure(_any_class, images, maps, (name,), inside=inside)[name]["mean"]
 
-    def predict(images):
-        return jnp.ones((len(images), 1))
 
-    return measure(predict, images, maps, (name,), inside=inside)[name]["mean"]
+def _any_class(images: jax.Array) -> jax.Array:
+    return jnp.ones((len(images), 1))
 
 
 def _checked(
@@ -194,6 +219,7 @@ def _checked(
     maps: jax.typing.ArrayLike,
     classes: jax.typing.ArrayLike | None,
     inside: jax.typing.ArrayLike | None,
+    boxes: jax.typing.ArrayLike | None,
 ) -> dict[str, np.ndarray]:
     """The arrays that are given, by name, and the images' indices."""
     images, maps = np.asarray(images), np.asarray(maps)
@@ -220,6 +246,12 @@ def _checked(
         if given.shape != images.shape[:3] or given.dtype != bool:
             raise ValueError(f"inside must be bool {list(images.shape[:3])}, as the images")
         arrays["inside"] = given
+    if boxes is not None:
+        given = np.asarray(boxes, np.float32)
+        if given.ndim != 3 or given.shape[::2] != (count, 4):
+            raise ValueError(f"boxes must be [N, M, 4] with N = {count}")
+        inside = np.asarray(pixels_inside(jnp.asarray(given), images.shape[1:3]))
+        arrays = {"inside": inside} | arrays | {"boxes": given}
     return arrays
 
 

@@ -101,11 +101,6 @@ class Trainer:
             self.config = dataclasses.replace(config, batch_size=batch_size)
         self.batch_size = batch_size
         self.plan = self._plan(batch_size)
-        if self.plan.total_steps == 0:
-            raise ValueError(
-                f"{config.dataset} has {len(self.source)} images, less than one batch: "
-                f"lower --batch-size to at most that"
-            )
 
     def train(self, validate: Validate | None = None) -> bool:
         """Runs all remaining steps, or those until SIGTERM or Ctrl-C, which save a checkpoint.
@@ -194,7 +189,7 @@ class Trainer:
 
     def _plan(self, batch_size: int) -> Plan:
         config = self.config
-        steps_per_epoch = len(self.source) // batch_size
+        steps_per_epoch = count_steps(config, len(self.source), batch_size)
         total_steps = config.epochs * steps_per_epoch
         cycle = OneCycle(config.peak_learning_rate(batch_size), total_steps)
         optimizer = _optimizer(cycle)
@@ -242,6 +237,20 @@ class Trainer:
             f"{self.plan.total_steps:,} steps of {self.batch_size}, "
             f"peak rate {self.plan.cycle.peak:g}"
         )
+
+
+def count_steps(config: TrainConfig, images: int, batch_size: int) -> int:
+    """The steps of an epoch. The last images, less than a batch, are left out.
+
+    Raises:
+      ValueError: there are fewer images than a batch has.
+    """
+    if images < batch_size:
+        raise ValueError(
+            f"{config.dataset} has {images} images, less than one batch: "
+            f"lower --batch-size to at most that"
+        )
+    return images // batch_size
 
 
 @jax.jit

@@ -1,0 +1,111 @@
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from tiny import TINY
+
+from ttame_jax import Explainer, load_backbone, load_method, save_backbone
+from ttame_jax.cli import main
+from ttame_jax.data import evaluation_batches, load_source
+from ttame_jax.preprocessing import to_float
+
+COUNT = 19
+
+
+@pytest.fixture(scope="module")
+def weights(random_backbone, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "vit.safetensors"
+    save_backbone(random_backbone("vit", **TINY), path)
+    return path
+
+
+@pytest.fixture
+def command(weights, pictures, tmp_path):
+    def explain(*words):
+        base = ["explain", "--dataset", f"folder:{pictures}", "--backbone", "vit", "--weights"]
+        config = ["--backbone-config", *(str(word) for item in TINY.items() for word in item)]
+        limits = ["--limit", COUNT, "--shard-size", 9, "--batch-size", 8]
+        words = [*base, weights, *config, *limits, "--output", tmp_path / "maps", *words]
+        main([str(word) for word in words])
+        return tmp_path / "maps"
+
+    return explain
+
+
+def tensor(table, name):
+    return table[name].combine_chunks().to_numpy_ndarray()
+
+
+def test_every_image_has_its_maps_names_and_probabilities(command, weights, pictures):
+    folder = command("--classes", "top2")
+    files = sorted(path.name for path in folder.glob("*.parquet"))
+    assert files == [f"maps-{i:05d}-of-00003.parquet" for i in range(3)]
+    table = pq.read_table(folder)
+
+    source = load_source(f"folder:{pictures}", "validation")
+    backbone = load_backbone("vit", weights, **TINY)
+    indices = table["index"].to_numpy()
+    assert len(indices) == COUNT and (np.diff(indices) > 0).all()
+    (batch,) = evaluation_batches(source, backbone.preprocessing, COUNT, indices=indices)
+    expected = Explainer(load_method("gradcam", backbone))(to_float(batch["image"]), "top2")
+    assert table["name"].to_pylist() == [source.name(i) for i in indices.tolist()]
+    np.testing.assert_array_equal(table["label"], batch["label"])
+    np.testing.assert_array_equal(tensor(table, "classes"), expected.classes)
+    np.testing.assert_allclose(
+        tensor(table, "probabilities"), expected.probabilities, rtol=1e-5, atol=1e-7
+    )
+    np.testing.assert_allclose(tensor(table, "maps"), expected.maps, atol=1e-4)
+    info = json.loads((folder / "_explanations.json").read_text())
+    assert info["settings"]["method"] == "gradcam" and info["image_size"] == TINY["image_size"]
+
+
+def test_only_missing_files_are_computed_again(command):
+    folder = command()
+    first, second, third = sorted(folder.glob("*.parquet"))
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (first, second, third)}
+    second.unlink()
+    command()
+    for path in (first, third):
+        assert path.stat().st_mtime_ns == before[path][1]
+    assert second.read_bytes() == before[second][0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--method", "layercam"), "has maps of another setting (method)"),
+        (("--shard-size", "7"), "has maps of another setting (shard_size)"),
+        (("--split", "train"), "has maps of another setting (images)"),
+        (("--view", "whole"), "--view whole: the images of a data set are explained as crops"),
+        (("--batch-size", "9"), "--batch-size 9 does not divide over 8 devices"),
+        (("--limit", "0"), "--limit must be at least 1, not 0"),
+        (("--classes", "zebra"), "zebra"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_a_line(command, words, message, capsys):
+    folder = command()
+    capsys.readouterr()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(SystemExit):
+        command(*words)
+    (*_, line) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_unreadable_image_is_left_out(command, monkeypatch, pictures):
+    from ttame_jax.data import elements
+    from ttame_jax.data.sources import FolderSource
+
+    read = FolderSource.__getitem__
+
+    def damaged(self, index):
+        return read(self, index) | ({"image": b"none"} if index == 0 else {})
+
+    monkeypatch.setattr(FolderSource, "__getitem__", damaged)
+    monkeypatch.setattr(elements, "MAX_UNREADABLE", 0.2)
+    with pytest.warns(UserWarning, match="skipping an unreadable image"):
+        folder = command()
+    table = pq.read_table(folder)
+    assert len(table) == COUNT - 1 and 0 not in table["index"].to_pylist()

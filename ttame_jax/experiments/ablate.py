@@ -1,0 +1,338 @@
+"""`ttame ablate`: what settings of a run change in its AD and IC (Tables VI and VII)."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+from ttame_jax.backbones import Backbone
+from ttame_jax.config import TrainConfig
+from ttame_jax.errors import Failure
+from ttame_jax.experiments import tables
+from ttame_jax.experiments.evaluate import (
+    EvaluationOptions,
+    EvaluationSetup,
+    MetricNames,
+    known_figures,
+)
+from ttame_jax.experiments.sweep import Axis, Setting, Trial, field_axis, grid, train_each
+from ttame_jax.files import check_output_folder, locked, to_json, write_atomically
+from ttame_jax.losses import RECIPES
+from ttame_jax.methods import load_method
+from ttame_jax.plots import COLOURS, save_figure
+from ttame_jax.preprocessing import Masking
+from ttame_jax.runs import Run, load_run
+from ttame_jax.weights import abstract_backbone, module_files
+
+SEED = "seed"
+FACTORS = (0.5, 2)
+"""What `--over loss` multiplies each weight of the loss with, one at a time."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """The settings to compare, and the images to evaluate them on."""
+
+    over: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+    """A setting and its values, such as learning-rate 1e-3 2e-3 or loss.area-exponent 0.2 0.3 0.4.
+    Without values: variant (Table VI), masking (Table VII), loss (both recipes, and half and twice
+    each weight), or all choices of another flag. Several --over are a grid."""
+    seeds: int = 1
+    """Number of runs of each setting, with the seeds --seed, --seed + 1 and so on. The tables have
+    their means and standard deviations."""
+    evaluation_split: str = "validation"
+    """Split to evaluate the trained runs on."""
+    evaluation_list: Path | None = None
+    """File that names the images to evaluate on, one FILENAME LABEL per line."""
+    evaluation_images: int = 2000
+    """Largest number of images to evaluate on, evenly spread."""
+    measures: MetricNames = ("ad", "ic")
+
+    def options(self, **given: Any) -> EvaluationOptions:
+        """Images and metrics, for `EvaluationSetup`."""
+        return EvaluationOptions(
+            split=self.evaluation_split,
+            list=self.evaluation_list,
+            limit=self.evaluation_images,
+            measures=self.measures,
+            **given,
+        )
+
+
+def ablate(config: TrainConfig, ablation: Ablation) -> list["Result"]:
+    """Trains and evaluates a run for every combination of settings, and tabulates them.
+
+    Runs are trained and resumed as `train_each` does, and evaluations that have been finished with
+    the same settings are not repeated. After each run ``ablation.md``, ``.csv``, ``.tex``,
+    ``.json``, ``.png`` and ``.svg`` are written with what is known so far.
+
+    Args:
+      config: of all runs, except for what is compared and the folder.
+      ablation: the settings and images.
+
+    Returns:
+      The results, in the order of the settings. Fewer than there are settings if SIGTERM has stopped
+      the training.
+
+    Raises:
+      ValueError: a setting cannot be trained (raised before any training).
+      Failure: all runs diverge, or another process writes to the output.
+    """
+    _check(ablation)
+    axes, maskings = _axes(config, ablation)
+    trials = grid(config, axes)
+    check_output_folder(config.output)
+    results: dict[tuple[str, ...], Result] = {}
+    with locked(config.output):
+        for trial, outcome in train_each(trials):
+            if outcome == "stopped":
+                break
+            labels = {name: label for name, label in trial.labels.items() if name != SEED}
+            run = _load(trial) if outcome == "finished" else None
+            for masking in maskings:
+                shown = labels | ({"evaluation_masking": masking} if masking else {})
+                result = results.setdefault(tuple(shown.values()), Result(shown))
+                if run is None:
+                    result.diverged.append(trial.run.seed)
+                elif figures := _evaluate(run, ablation, masking):
+                    result.figures[trial.run.seed] = figures
+            if jax.process_index() == 0:
+                _write([*results.values()], config.output)
+        else:
+            if all(result.diverged and not result.figures for result in results.values()):
+                raise Failure("every run diverged: try a lower --learning-rate")
+            if jax.process_index() == 0:
+                print(markdown([*results.values()]))
+    return [*results.values()]
+
+
+@dataclasses.dataclass
+class Result:
+    """What is known of a setting.
+
+    Attributes:
+      labels: the setting, by name of the axis.
+      figures: of its runs, by seed.
+      diverged: seeds of the runs that diverged.
+    """
+
+    labels: Mapping[str, str]
+    figures: dict[int, dict] = dataclasses.field(default_factory=dict)
+    diverged: list[int] = dataclasses.field(default_factory=list)
+
+    def mean(self) -> dict[str, Any]:
+        """The means over the runs, with intervals of one standard deviation, as a method's figures.
+
+        The intervals of a single run are those of its images, of 95 %.
+        """
+        runs = [*self.figures.values()]
+        if len(runs) == 1:
+            return runs[0]
+        measured = [{key: run[key] for key in run["intervals"]} for run in runs]
+        mean = jax.tree.map(lambda *values: float(np.mean(values)), *measured)
+        spread = jax.tree.map(lambda *values: float(np.std(values, ddof=1)), *measured)
+        intervals = jax.tree.map(lambda m, s: [m - s, m + s], mean, spread)
+        return runs[0] | mean | {"intervals": intervals}
+
+
+def _check(ablation: Ablation) -> None:
+    if not any(ablation.over):
+        raise ValueError("nothing to compare: ttame ablate --over variant")
+    for name in ("seeds", "evaluation_images"):
+        if (value := getattr(ablation, name)) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    ablation.options()  # checks the metrics
+
+
+def _axes(config: TrainConfig, ablation: Ablation) -> tuple[list[Axis], list[Masking | None]]:
+    """The axes of training, with that of the seeds, and the maskings of the evaluation.
+
+    These are not an axis: one run serves them all.
+    """
+    axes: list[Axis] = []
+    maskings: list[Masking | None] = [None]
+    for name, *words in filter(None, ablation.over):
+        field = name.replace("-", "_")
+        if field == "loss" and not words:
+            axes.append(_loss_axis(config))
+        elif field == "evaluation_masking":
+            axis = field_axis(name, words)
+            maskings = [setting.values[field] for setting in axis.settings]
+        else:
+            axes.append(field_axis(name, words))
+            if field == "variant" and not words:
+                axes = [*_features_axis(config), *axes]
+            if field == "masking" and not words:
+                maskings = list(get_args(Masking))
+    names = [axis.name for axis in axes]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"--over {twice[0].replace('_', '-')} is given twice: list its values once"
+        )
+    if ablation.seeds > 1 or SEED not in names:
+        seeds = range(config.seed, config.seed + ablation.seeds)
+        if SEED in names:
+            raise ValueError("give either --seeds or --over seed")
+        axes.append(Axis(SEED, tuple(Setting(str(seed), {SEED: seed}) for seed in seeds)))
+    return axes, maskings
+
+
+def _loss_axis(config: TrainConfig) -> Axis:
+    """Both recipes, and half and twice each weight of the configured one, one at a time."""
+    own = config.loss.recipe
+    recipes = [own, *(recipe for recipe in RECIPES if recipe != own)]
+    settings = [Setting(f"recipe {recipe}", {"loss.recipe": recipe}) for recipe in recipes]
+    for name, value in vars(config.loss).items():
+        for factor in FACTORS if name != "recipe" else ():
+            changed = value * factor
+            settings.append(Setting(f"{name} {changed:g}", {f"loss.{name}": changed}))
+    return Axis("loss", tuple(settings))
+
+
+def _features_axis(config: TrainConfig) -> list[Axis]:
+    """The feature maps that Table VI compares, unless the configuration has chosen among them."""
+    options: dict[str, Any] = config.backbone_config
+    if "features" in options or module_files.parse(config.backbone):
+        return []
+    backbone: Backbone = abstract_backbone(config.backbone, **options)
+    kinds = backbone.compared_features
+    return [field_axis("backbone-config.features", kinds)] if kinds else []
+
+
+def _load(trial: Trial) -> Run:
+    code = trial.run.backbone if module_files.parse(trial.run.backbone) else None
+    return load_run(trial.run.output, code)
+
+
+def _evaluate(run: Run, ablation: Ablation, masking: Masking | None) -> dict:
+    """The figures of a run, from its file if that has the same settings."""
+    options = ablation.options(masking=masking, batch_size=run.config.batch_size)
+    setup = EvaluationSetup(options, run)
+    path = run.config.output / f"evaluation_{setup.masking}.json"
+    settings = dataclasses.asdict(options) | {"inputs": setup.inputs_of(run.attention)}
+    settings = json.loads(to_json(settings))
+    if figures := known_figures(path, settings):
+        return figures
+    method = load_method(run.config.variant, run.backbone, run.attention)
+    return setup.evaluate(method, path, settings)
+
+
+def _write(results: Sequence[Result], output: Path) -> None:
+    content = [
+        {
+            "settings": result.labels,
+            "diverged": result.diverged,
+            "runs": [{"seed": seed, **figures} for seed, figures in result.figures.items()],
+        }
+        for result in results
+    ]
+    write_atomically(output / "ablation.json", to_json(content, indent=2) + "\n")
+    measured = [result for result in results if result.figures]
+    if not measured:
+        return
+    write_atomically(output / "ablation.csv", comma_separated(measured))
+    write_atomically(output / "ablation.tex", latex(measured))
+    write_atomically(output / "ablation.md", markdown(results))
+    figure = draw(measured)
+    for suffix in ("png", "svg"):
+        save_figure(figure, output / f"ablation.{suffix}")
+
+
+def _rows(figures: Sequence[Mapping[str, Any]]) -> list[tables.Row]:
+    """The metrics of all tables, one after the other."""
+    return [row for rows in tables.comparison_tables(figures).values() for row in rows]
+
+
+def _lines(results: Sequence[Result], mark: tables.Cell) -> list[list[str]]:
+    """The head of a table, and a line for each setting that has been measured."""
+    rows = _rows([result.mean() for result in results])
+    columns = []
+    for row in rows:
+        texts = [f"{value:.2f}" for value in row.values]
+        for i, (low, high) in enumerate(row.intervals):
+            if len(results[i].figures) > 1:
+                texts[i] += f" ± {(high - low) / 2:.2f}"
+        columns.append(map(mark, texts, row.ranks([True] * len(results)), row.within_chance))
+    head = [*(_title(name) for name in results[0].labels), "runs", *(row.title for row in rows)]
+    settings = [[*result.labels.values(), str(len(result.figures))] for result in results]
+    return [head, *([*setting, *cells] for setting, *cells in zip(settings, *columns))]
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ").replace("backbone config.", "")
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """A line for each setting, with means and standard deviations over its runs.
+
+    The best value of a column is bold, the second best underlined. Runs that diverged are listed
+    below.
+    """
+    head, *body = _lines([x for x in results if x.figures], tables.marked_in_markdown)
+    lost = [
+        f"\ndiverged: {', '.join(result.labels.values())} (seed {seed})\n"
+        for result in results
+        for seed in result.diverged
+    ]
+    return tables.markdown_table([head, ["---"] * len(head), *body]) + "".join(lost)
+
+
+def latex(results: Sequence[Result]) -> str:
+    """A LaTeX table, which needs the package booktabs, as `markdown`."""
+    head, *body = _lines(results, tables.marked_in_latex)
+    means = [result.mean() for result in results]
+    backbones = ", ".join(dict.fromkeys(one["backbone"] for one in means))
+    caption = f"{backbones}, {max(one['images'] for one in means)} images."
+    if any(len(result.figures) > 1 for result in results):
+        caption = f"Means and standard deviations over runs. {caption}"
+    labels = len(results[0].labels)
+    return tables.latex_table(caption, "l" * labels + "r" * (len(head) - labels), head, body)
+
+
+def comma_separated(results: Sequence[Result]) -> str:
+    """One line for each run."""
+    runs = [(result, seed) for result in results for seed in result.figures]
+    rows = _rows([result.figures[seed] for result, seed in runs])
+    lines = [[*results[0].labels, SEED, *(row.title for row in rows)]]
+    for i, (result, seed) in enumerate(runs):
+        values = (f"{row.values[i]:.3f}" for row in rows)
+        lines.append([*result.labels.values(), str(seed), *values])
+    return tables.csv_table(lines)
+
+
+def draw(results: Sequence[Result]) -> Figure:
+    """A panel for each metric, with a line for each setting.
+
+    Bars are the intervals of `Result.mean`, small dots single runs. The dashed line is the mean of
+    the first setting.
+    """
+    rows = _rows([result.mean() for result in results])
+    names = [", ".join(result.labels.values()) for result in results]
+    columns = (len(rows) + 1) // 2
+    figure = Figure(figsize=(1.5 + 2.6 * columns, 2 * (0.7 + 0.25 * len(results))))
+    figure.set_layout_engine("constrained")
+    grid = figure.subplots(2, columns, sharey=True, squeeze=False)
+    single = [_rows([*result.figures.values()]) for result in results]
+    for j, (axes, row) in enumerate(zip(grid.T.flat, rows)):
+        for i, (mean, (low, high)) in enumerate(zip(row.values, row.intervals)):
+            axes.plot([low, high], [i, i], color=COLOURS[0], linewidth=1.5)
+            axes.plot(mean, i, "o", color=COLOURS[0], markersize=5)
+            runs = single[i][j].values
+            if len(runs) > 1:
+                axes.plot(runs, [i] * len(runs), "o", color=COLOURS[1], markersize=2)
+        axes.axvline(row.values[0], color="grey", linewidth=0.8, linestyle="--")
+        axes.set(title=row.title, yticks=range(len(names)))
+        axes.set_yticklabels(names, fontsize=8, parse_math=False)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.grid(axis="x", alpha=0.3)
+    for axes in grid.T.flat[len(rows) :]:
+        axes.remove()
+    for axes in grid[-1]:
+        axes.set_xlabel("%")
+    return figure
