@@ -110,6 +110,8 @@ def test_the_slider_fades_between_image_and_heatmap(browser, finished, device):
     address = (finished / "report.html").as_uri()
     with opened(browser, address, offline=True, **DEVICES[device]) as tab:
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        wide = "[...document.querySelectorAll('figcaption')].filter(e => e.scrollWidth > e.clientWidth)"
+        assert tab.evaluate(f"{wide}.length") == 0
         figure, other = tab.locator("figure").nth(0), tab.locator("figure").nth(1)
         slider, shown = figure.get_by_role("slider"), figure.locator(".map").nth(0)
 

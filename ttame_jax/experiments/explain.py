@@ -31,6 +31,21 @@ AHEAD = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """The classifier of a run, or one without a run."""
+
+    run: Path | None = None
+    """Folder of a run, as ttame train wrote it."""
+    backbone: str | None = None
+    """Without a run: name of the classifier, such as resnet50 or timm:MODEL."""
+    weights: str | None = None
+    """Weights of the backbone: a file, torchvision, timm or timm:MODEL. The default is the run's, or
+    else the published ones."""
+    backbone_config: dict[str, int | str] = dataclasses.field(default_factory=dict)
+    """Options of the backbone as name and value, such as num_classes 10."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """A method, and what its classifiers are shown."""
 
@@ -73,18 +88,8 @@ class MethodConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExplainerConfig(MethodConfig):
+class ExplainerConfig(MethodConfig, Classifier):
     """A classifier and a method."""
-
-    run: Path | None = None
-    """Folder of a run, as ttame train wrote it."""
-    backbone: str | None = None
-    """Without a run: name of the classifier, such as resnet50 or timm:MODEL."""
-    weights: str | None = None
-    """Weights of the backbone: a file, torchvision, timm or timm:MODEL. The default is the run's, or
-    else the published ones."""
-    backbone_config: dict[str, int | str] = dataclasses.field(default_factory=dict)
-    """Options of the backbone as name and value, such as num_classes 10."""
 
     def open(self) -> Explainer:
         """Loads the explainer. Errors are those of `open_explainer`."""

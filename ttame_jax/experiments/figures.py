@@ -29,11 +29,9 @@ RESOLUTION = 300  # dots per inch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FiguresConfig(Drawing, Selection, MethodConfig):
-    """Images to explain, classifiers and a method."""
+class Classifiers:
+    """The classifiers of runs, and others without a run."""
 
-    images: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Image files, or folders of them. Without any, the images are those of the data set."""
     run: tuple[Path, ...] = ()
     """Folders of runs, as ttame train wrote them."""
     backbone: tuple[str, ...] = ()
@@ -41,6 +39,23 @@ class FiguresConfig(Drawing, Selection, MethodConfig):
     weights: tuple[str, ...] = ()
     """Weights of each --backbone: a file, torchvision, timm or timm:MODEL. The default is the
     published ones."""
+
+    def __post_init__(self):
+        if not (self.run or self.backbone):
+            raise ValueError("give a run or more (--run), or backbones to explain without training")
+        if len(self.weights) not in (0, len(self.backbone)):
+            raise ValueError(
+                f"--weights must be given for each of {len(self.backbone)} backbones, or for none, "
+                f"not for {len(self.weights)}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FiguresConfig(Drawing, Selection, MethodConfig, Classifiers):
+    """Images to explain, classifiers and a method."""
+
+    images: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Image files, or folders of them. Without any, the images are those of the data set."""
     classes: str = "predicted"
     """Classes to explain: predicted, top2 (or another number), ids and names, separated by commas;
     or mistakes, the true class of misclassified images and the most probable other one, which needs
@@ -52,15 +67,8 @@ class FiguresConfig(Drawing, Selection, MethodConfig):
     """Folder for the figure, which is named after the classes: predicted.svg, .pdf and .png."""
 
     def __post_init__(self):
-        for part in (Drawing, Selection, MethodConfig):
+        for part in (Classifiers, MethodConfig, Selection, Drawing):
             part.__post_init__(self)
-        if not (self.run or self.backbone):
-            raise ValueError("give a run or more (--run), or backbones to explain without training")
-        if len(self.weights) not in (0, len(self.backbone)):
-            raise ValueError(
-                f"--weights must be given for each of {len(self.backbone)} backbones, or for none, "
-                f"not for {len(self.weights)}"
-            )
         if self.images and self.dataset is not None:
             raise ValueError("give either images or --dataset")
         if not (self.images or self.dataset or self.run):

@@ -113,6 +113,8 @@ def _page(
         "Best explained": order[:extremes],
         "Worst explained": order[::-1][:extremes],
     }
+    places = np.unique(np.concatenate([*chosen.values()]))
+    items = dict(zip(places.tolist(), _gallery(setup, explainer, rows, places)))
     return templates.get_template("report.html").render(
         method=explainer.method.title,
         backbone=run.backbone.name,
@@ -122,9 +124,9 @@ def _page(
         road=inline_svg(curves.draw({"": figures})) if "ROAD" in figures else "",
         training=[(text, inline_svg(figure)) for text, figure in _training_curves(config.run)],
         gallery={
-            name: [*_gallery(setup, explainer, rows, places)]
-            for name, places in chosen.items()
-            if len(places)
+            name: [items[place] for place in of_section.tolist()]
+            for name, of_section in chosen.items()
+            if len(of_section)
         },
         percentages=PERCENTAGES,
         small=run.backbone.preprocessing.image_size < SMALL,
