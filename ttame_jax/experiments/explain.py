@@ -56,7 +56,7 @@ class ExplainerConfig:
     """File with one class name per line. The default is the run's, or ImageNet's for 1000 classes."""
     backbone_config: dict[str, int | str] = dataclasses.field(default_factory=dict)
     """Options of the backbone as name and value, such as num_classes 10."""
-    method_config: dict[str, int | str] = dataclasses.field(default_factory=dict)
+    method_config: dict[str, int | float | str] = dataclasses.field(default_factory=dict)
     """Options of the method as name and value, such as masks 1000 or layer blocks.10."""
     max_pixels: int = MAX_PIXELS
     """Images with more pixels are refused."""
