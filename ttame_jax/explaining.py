@@ -81,7 +81,7 @@ def open_explainer(
     method: str | None = None,
     *,
     backbone_config: Mapping[str, int | str] | None = None,
-    method_config: Mapping[str, int | str] | None = None,
+    method_config: Mapping[str, float | str] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Explainer:
     """Loads the explainer of a run, or of a backbone. Arguments and errors are those of `explain`.

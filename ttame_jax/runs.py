@@ -79,7 +79,7 @@ def load_explainer(
     run_dir: str | Path,
     weights: str | None = None,
     method: str | None = None,
-    method_config: Mapping[str, int | str] | None = None,
+    method_config: Mapping[str, float | str] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Explainer:
     """Loads the explainer that a training run produced, at its best checkpoint.

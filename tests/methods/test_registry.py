@@ -7,6 +7,8 @@ from ttame_jax.weights import load_backbone
 
 pytestmark = pytest.mark.quick
 
+VIT_METHODS = ("transformer_lrp", "attnlrp", "libragrad")
+
 
 @pytest.fixture(scope="module")
 def cnn():
@@ -20,7 +22,7 @@ def mechanism(backbone, variant):
 
 @pytest.mark.parametrize("name", list_methods())
 def test_every_method_is_built_by_its_name(name, cnn):
-    backbone = load_backbone("digits_vit") if name == "transformer_lrp" else cnn
+    backbone = load_backbone("digits_vit") if name in VIT_METHODS else cnn
     attention = mechanism(backbone, name) if name in ("lcam", "ttame") else None
     method = load_method(name, backbone, attention)
     assert method.name == name
@@ -40,7 +42,7 @@ def test_options_reach_the_method(cnn):
         ("rise", None, {"masks": 0}, "rise needs 1 mask or more, not 0"),
         ("ttame", None, {}, "'ttame' needs .* this is no run: .* --variant ttame"),
         ("lcam", "ttame", {}, "'lcam' needs .* a run of variant 'ttame': .* --variant lcam"),
-        ("transformer_lrp", None, {}, "ViT"),
+        *((name, None, {}, f"{name} explains only ViTs") for name in VIT_METHODS),
     ],
 )
 def test_what_does_not_fit_is_refused_in_a_line(name, variant, config, message, cnn):

@@ -1,5 +1,3 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,35 +6,15 @@ from counting import count_passes
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from tiny import TINY
+from vits import AVERAGING, PLAIN, REFINED, build, randomised
 
-from ttame_jax.backbones.vit import Architecture, ViT
+from ttame_jax.backbones.vit import ViT
 from ttame_jax.masking import min_max_scale
 from ttame_jax.mesh import AXIS, data_mesh
 from ttame_jax.methods import TransformerLRP, compute_maps
 from ttame_jax.methods.transformer_lrp import add, linear, matmul, propagate
 from ttame_jax.methods.vit_blocks import run_block
-from ttame_jax.preprocessing import Preprocessing
 from ttame_jax.weights import load_backbone
-
-SIZES: dict = {"patch_size": 8, "width": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
-SIZES["preprocessing"] = Preprocessing(image_size=32, resize_size=32)
-REFINED = Architecture(
-    **SIZES,
-    activation="quick_gelu",
-    qkv_bias=False,
-    registers=3,
-    embed_prefix=False,
-    pre_norm=True,
-    layer_scale=True,
-)
-
-
-def randomised(backbone, seed=0):
-    """Weights far from their start: biases and norms that are not 0 and 1, larger kernels."""
-    keys = iter(jax.random.split(jax.random.key(seed), 1000))
-    for _, value in nnx.to_flat_state(nnx.state(backbone, nnx.Param)):
-        value[...] += 0.1 * jax.random.normal(next(keys), value.shape, value.dtype)
-    return backbone
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,11 +33,6 @@ def backbone():
 @pytest.fixture(scope="module")
 def images():
     return jax.random.uniform(jax.random.key(1), (16, 32, 32, 3))
-
-
-@functools.cache
-def build(architecture):
-    return randomised(ViT("tiny", architecture, dtype="float64", rngs=nnx.Rngs(0)))
 
 
 CLASSES = np.tile([[0, 3, 4]], (16, 1))
@@ -109,7 +82,7 @@ def test_each_rule_conserves_relevance():
         np.testing.assert_allclose(total, relevance.sum(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("architecture", [Architecture(**SIZES), REFINED])
+@pytest.mark.parametrize("architecture", [PLAIN, REFINED])
 def test_relevance_is_conserved_from_the_head_to_the_first_block(architecture, images):
     backbone = build(architecture)
 
@@ -134,7 +107,7 @@ def test_relevance_is_conserved_from_the_head_to_the_first_block(architecture, i
     assert np.abs(of_maps).min() > 1e-3
 
 
-@pytest.mark.parametrize("architecture", [Architecture(**SIZES), REFINED])
+@pytest.mark.parametrize("architecture", [PLAIN, REFINED])
 def test_opened_blocks_compute_what_the_backbone_computes(architecture, images):
     backbone = build(architecture)
 
@@ -234,8 +207,7 @@ def test_backbones_without_a_class_token_are_refused():
         ValueError, match="^transformer_lrp explains only ViTs; resnet18 is not one$"
     ):
         TransformerLRP(load_backbone("resnet18", image_size=32))
-    average = Architecture(**SIZES, class_token=False, pool="average")
-    backbone = ViT("averaging", average, rngs=nnx.Rngs(0))
+    backbone = ViT("averaging", AVERAGING, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="class token, but averaging averages its patches"):
         TransformerLRP(backbone)
 

@@ -183,22 +183,28 @@ class ViT(Backbone):
     def _classify(self, x, classes=None):
         return classify(self.head, self.pooled(x), classes)
 
-    def embed(self, x: jax.Array) -> jax.Array:
-        """Images [B, H, W, 3] -> tokens [B, prefix + N, D]: class token, registers, patches."""
+    def patches(self, x: jax.Array) -> jax.Array:
+        """Images [B, H, W, 3] -> patches [B, N, patch, patch, 3]."""
         batch, side, patch = x.shape[0], self.side, self.architecture.patch_size
-        # The convolution as a matrix product, whose gradient is many times faster.
         x = x.reshape(batch, side, patch, side, patch, 3).swapaxes(2, 3)
-        x = self.patch_embed(x).reshape(batch, side**2, -1)
+        return x.reshape(batch, side**2, patch, patch, 3)
+
+    def add_positions(self, x: jax.Array) -> jax.Array:
+        """Embedded patches [B, N, D] -> tokens [B, prefix + N, D] with position embeddings."""
         extra = [
-            jnp.broadcast_to(token[...], (batch, *token.shape[1:])).astype(self.dtype)
+            jnp.broadcast_to(token[...], (len(x), *token.shape[1:])).astype(self.dtype)
             for token in (self.cls_token, self.reg_token)
             if token is not None
         ]
         positions = self.pos_embed[...].astype(self.dtype)
         if self.architecture.embed_prefix:
-            x = jnp.concatenate([*extra, x], axis=1) + positions
-        else:
-            x = jnp.concatenate([*extra, x + positions], axis=1)
+            return jnp.concatenate([*extra, x], axis=1) + positions
+        return jnp.concatenate([*extra, x + positions], axis=1)
+
+    def embed(self, x: jax.Array) -> jax.Array:
+        """Images [B, H, W, 3] -> tokens [B, prefix + N, D]: class token, registers, patches."""
+        # The convolution as a matrix product, whose gradient is many times faster.
+        x = self.add_positions(self.patch_embed(self.patches(x)))
         return x if self.pre_norm is None else self.pre_norm(x)
 
     def pooled(self, x: jax.Array) -> jax.Array:

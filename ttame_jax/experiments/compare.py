@@ -51,7 +51,7 @@ class CompareConfig(EvaluationOptions):
     ] = ALL
     quick: bool = False
     """Whether to leave out methods that need more than 100 forward passes for an image."""
-    method_config: dict[str, int | str] = dataclasses.field(default_factory=dict)
+    method_config: dict[str, int | float | str] = dataclasses.field(default_factory=dict)
     """Options of methods, as METHOD.OPTION and value: rise.masks 1000 gradcam.layer blocks.10."""
     limits: dict[str, int] = dataclasses.field(default_factory=dict)
     """Fewer images for slow methods, as METHOD and number: rise 20. These methods are excluded from

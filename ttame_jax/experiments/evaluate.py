@@ -145,7 +145,7 @@ class EvaluateConfig(EvaluationOptions):
             "The default is the run's own method."
         ),
     ] = None
-    method_config: dict[str, int | str] = dataclasses.field(default_factory=dict)
+    method_config: dict[str, int | float | str] = dataclasses.field(default_factory=dict)
     """Options of the method as name and value, such as masks 1000 or layer blocks.10."""
 
 

@@ -62,7 +62,7 @@ class MethodConfig:
     shown square tiles for whole."""
     class_names: Path | None = None
     """File with one class name per line. The default is the run's, or ImageNet's for 1000 classes."""
-    method_config: dict[str, int | str] = dataclasses.field(default_factory=dict)
+    method_config: dict[str, int | float | str] = dataclasses.field(default_factory=dict)
     """Options of the method as name and value, such as masks 1000 or layer blocks.10."""
     max_pixels: int = MAX_PIXELS
     """Images with more pixels are refused."""

@@ -9,6 +9,8 @@ from ttame_jax.methods.scorecam import ScoreCAM
 from ttame_jax.methods.ablationcam import AblationCAM
 from ttame_jax.methods.rise import RISE
 from ttame_jax.methods.transformer_lrp import TransformerLRP
+from ttame_jax.methods.attnlrp import AttnLRP
+from ttame_jax.methods.libragrad import LibraGrad
 from ttame_jax.methods.iia import IIA
 from ttame_jax.methods.integrated_gradients import IntegratedGradients
 from ttame_jax.methods.ttame import LCAM, TTAME
@@ -22,12 +24,14 @@ __all__ = [
     "RISE",
     "TTAME",
     "AblationCAM",
+    "AttnLRP",
     "CentredGaussian",
     "Explanations",
     "GradCAM",
     "GradCAMPlusPlus",
     "IntegratedGradients",
     "LayerCAM",
+    "LibraGrad",
     "Method",
     "RandomMap",
     "ScoreCAM",

@@ -24,7 +24,7 @@ def load_method(
     name: str,
     backbone: Backbone,
     attention: AttentionMechanism | None = None,
-    **config: int | str,
+    **config: float | str,
 ) -> Method:
     """Loads an explanation method for a backbone.
 

@@ -21,6 +21,7 @@ from ttame_jax.methods.vit_blocks import (
     join_heads,
     map_images,
     patch_maps,
+    ratio,
     require_class_token,
     run_block,
     split_heads,
@@ -103,7 +104,7 @@ def taylor(layer: Callable, inputs: tuple[jax.Array, ...], relevance: jax.Array)
     """
     inputs = tuple(x.astype(relevance.dtype) for x in inputs)
     outputs, backward = jax.vjp(layer, *inputs)
-    shares = backward(_ratio(relevance, outputs))
+    shares = backward(ratio(relevance, outputs))
     return tuple(x * share for x, share in zip(inputs, shares))
 
 
@@ -132,10 +133,5 @@ def add(u: jax.Array, v: jax.Array, relevance: jax.Array) -> tuple[jax.Array, ja
     shares = taylor(jnp.add, (u, v), relevance)
     sums = [share.sum() for share in shares]
     size = jnp.abs(sums[0]) + jnp.abs(sums[1])
-    parts = [_ratio(jnp.abs(total), size) * relevance.sum() for total in sums]
-    return tuple(x * _ratio(part, total) for x, part, total in zip(shares, parts, sums))
-
-
-def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a / b, and 0 where b is 0."""
-    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
+    parts = [ratio(jnp.abs(total), size) * relevance.sum() for total in sums]
+    return tuple(x * ratio(part, total) for x, part, total in zip(shares, parts, sums))

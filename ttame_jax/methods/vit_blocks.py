@@ -102,12 +102,22 @@ def patch_maps(backbone: ViT, rows: jax.Array) -> jax.Array:
     return jnp.moveaxis(backbone.feature_map(rows.swapaxes(1, 2)), -1, 1)
 
 
+def ratio(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a / b, and 0 where b is 0."""
+    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
+
+
+def require_vit(backbone: Backbone, method: str) -> ViT:
+    """Returns the backbone; raises ValueError unless it is a ViT."""
+    vit = backbone if isinstance(backbone, ViT) else None
+    if vit is None:
+        raise ValueError(f"{method} explains only ViTs; {backbone.name} is not one")
+    return vit
+
+
 def require_class_token(backbone: Backbone, method: str) -> None:
     """Raises ValueError unless the backbone is a ViT that classifies by its class token."""
-    pool = backbone.architecture.pool if isinstance(backbone, ViT) else None
-    if pool is None:
-        raise ValueError(f"{method} explains only ViTs; {backbone.name} is not one")
-    if pool != "token":
+    if require_vit(backbone, method).architecture.pool != "token":
         raise ValueError(
             f"{method} follows the class token, but {backbone.name} averages its patches instead"
         )
