@@ -149,7 +149,10 @@ def batch(options: Options, mesh: Mesh) -> jax.ShapeDtypeStruct:
 def training(options: Options, mesh: Mesh) -> Lowering:
     backbone, attention = models(options)
     optimizer = one_cycle_sgd(OneCycle(1e-3, 10**6))
-    state = jax.eval_shape(lambda: initial_state(attention, optimizer))
+    graph, parameters = nnx.split(attention)
+    state = jax.eval_shape(
+        lambda parameters: initial_state(nnx.merge(graph, parameters), optimizer), parameters
+    )
     images = options.batch_size // mesh.size
 
     def lower():

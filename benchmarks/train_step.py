@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import tyro
 from common import Setting, main, turns
 from flax import nnx
-from ours import all_at_once, build, device, layer_flops, memory, noise, peak_flops
+from ours import all_at_once, build, device, memory, module_flops, noise, peak_flops
 
 from ttame_jax.losses import LossConfig
 from ttame_jax.mesh import data_mesh, replicate, shard_batch
@@ -101,7 +101,7 @@ def model_flops(backbone, attention, image_size: int, per_device: int) -> int:
         jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in backbone.feature_shapes()
     ]
     classes = jax.ShapeDtypeStruct((per_device,), jnp.int32)
-    return 3 * layer_flops(backbone, image) + 2 * layer_flops(attention, features, classes)
+    return 3 * module_flops(backbone, image) + 2 * module_flops(attention, features, classes)
 
 
 def compiled_flops(compiled: jax.stages.Compiled) -> float:
