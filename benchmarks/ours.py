@@ -89,6 +89,12 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, int | None]:
     }
 
 
+def module_flops(module: nnx.Module, *arguments) -> int:
+    """`layer_flops` of a module, whose parameters may be shapes."""
+    graph, state = nnx.split(module)
+    return layer_flops(lambda state, *inputs: nnx.merge(graph, state)(*inputs), state, *arguments)
+
+
 def layer_flops(function: Callable, *arguments) -> int:
     """FLOPs of a function's convolutions and matrix products, from their shapes alone.
 
@@ -110,6 +116,8 @@ def _jaxpr_flops(jaxpr: Jaxpr) -> int:
             kernel = equation.params["dimension_numbers"].rhs_spec  # (out, in, *places)
             places = prod(shapes[1][axis] for axis in kernel[1:])
             total += 2 * prod(shapes[-1]) * places
+        elif equation.primitive.name == "cond":  # the same operation, for several platforms
+            total += max(_jaxpr_flops(branch.jaxpr) for branch in equation.params["branches"])
         else:
             turns = equation.params.get("length", 1)  # of a loop
             total += turns * sum(map(_jaxpr_flops, _inner(equation.params.values())))

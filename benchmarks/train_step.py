@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import tyro
 from common import Setting, main, turns
 from flax import nnx
-from ours import all_at_once, build, device, layer_flops, memory, noise, peak_flops
+from ours import all_at_once, build, device, memory, module_flops, noise, peak_flops
 
 from ttame_jax.losses import LossConfig
 from ttame_jax.mesh import data_mesh, replicate, shard_batch
@@ -33,7 +33,8 @@ class Options(Setting):
 
 def run(options: Options) -> dict:
     backbone, attention = build(options)
-    flops = model_flops(backbone, attention, options)
+    per_device = options.batch_size // jax.device_count()
+    flops = model_flops(backbone, attention, options.image_size, per_device)
     optimizer = one_cycle_sgd(OneCycle(1e-3, 10**6))
     mesh = data_mesh()
     state = replicate(initial_state(attention, optimizer), mesh)
@@ -85,7 +86,7 @@ def run(options: Options) -> dict:
     return result
 
 
-def model_flops(backbone, attention, options: Options) -> int:
+def model_flops(backbone, attention, image_size: int, per_device: int) -> int:
     """FLOPs that a step needs per image, by hand.
 
     The classifier: a pass over the image, one over the masked image, and the gradient of that one
@@ -94,13 +95,13 @@ def model_flops(backbone, attention, options: Options) -> int:
     respect to its weights, which costs as much (its inputs are frozen and need none, but for the
     fusion's, whose small cost is left out).
     """
-    shape = (1, options.image_size, options.image_size, 3)
+    shape = (1, image_size, image_size, 3)
     image = jax.ShapeDtypeStruct(shape, jnp.float32)
     features = [
         jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in backbone.feature_shapes()
     ]
-    classes = jax.ShapeDtypeStruct((options.batch_size // jax.device_count(),), jnp.int32)
-    return 3 * layer_flops(backbone, image) + 2 * layer_flops(attention, features, classes)
+    classes = jax.ShapeDtypeStruct((per_device,), jnp.int32)
+    return 3 * module_flops(backbone, image) + 2 * module_flops(attention, features, classes)
 
 
 def compiled_flops(compiled: jax.stages.Compiled) -> float:

@@ -19,6 +19,7 @@ from ttame_jax.compilers import (
     in_groups,
     layer_norm,
     max_pool,
+    self_attention,
     unfused_relu,
 )
 
@@ -143,6 +144,19 @@ def test_a_batch_that_is_a_group_does_not_branch(two_at_a_time):
 
 def test_outside_of_jit_the_batch_is_not_split(two_at_a_time):
     assert sizes_in_groups(6, transform=lambda function: function) == [6]
+
+
+@pytest.mark.parametrize("tpu_pixels,loops", [(4 * 8 * 8, True), (None, False)])
+def test_a_tpu_takes_groups_of_the_size_that_it_is_told(two_at_a_time, tpu_pixels, loops):
+    sizes = []
+
+    def function(images):
+        sizes.append(len(images))
+        return images.sum((1, 2, 3))
+
+    grouped = lambda images: in_groups(function, images, tpu_pixels=tpu_pixels)
+    assert ("stablehlo.while" in lowered(grouped, "tpu", IMAGES)) == loops
+    assert sorted(set(sizes)) == ([2, 4, 16] if loops else [2, 16])
 
 
 def test_groups_inside_of_groups_are_traced_once_for_each_branch(two_at_a_time):
@@ -281,12 +295,41 @@ def test_layer_norm_is_flax_s(dtype):
 
 
 def test_gelu_and_its_derivative_are_exact():
-    x = jnp.linspace(-6, 6, 101)
-    exact = lambda x: jax.nn.gelu(x, approximate=False)
-    np.testing.assert_array_equal(gelu(x), exact(x))
-    derivative = jax.vmap(jax.grad(gelu))(x)
-    np.testing.assert_allclose(derivative, jax.vmap(jax.grad(exact))(x), atol=1e-6)
-    assert gelu(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    x = np.linspace(-6, 6, 101)
+    tensor = torch.tensor(x, requires_grad=True)
+    expected = torch.nn.functional.gelu(tensor)
+    expected.sum().backward()
+    np.testing.assert_allclose(gelu(jnp.float32(x)), expected.detach(), atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(jax.grad(gelu))(jnp.float32(x)), tensor.grad, atol=1e-6)
+
+
+def test_gelu_of_half_precision_is_computed_in_float32():
+    x = jnp.linspace(-3, 3, 101, dtype=jnp.bfloat16)
+    expected = jax.nn.gelu(x.astype(jnp.float32), approximate=False)
+    assert gelu(x).dtype == jnp.bfloat16
+    np.testing.assert_allclose(*map(np.float32, (gelu(x), expected)), rtol=2**-8)
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_self_attention_by_heads_is_self_attention(biases, monkeypatch):
+    """The implementation for TPUs, on a CPU."""
+    rngs = nnx.Rngs(0)
+    bias_init = nnx.initializers.normal()
+    qkv, proj = (
+        nnx.Linear(8, width, use_bias=biases, bias_init=bias_init, rngs=rngs) for width in (24, 8)
+    )
+    x, scores = jax.random.normal(rngs(), (2, 3, 5, 8)), jax.random.normal(rngs(), (3, 2, 5, 5))
+
+    def outputs():
+        function = lambda x: self_attention(x, qkv, proj, 2, scores if biases else None)
+        y, pull = jax.vjp(function, x)
+        return y, *pull(x)
+
+    expected = outputs()
+    choose = lambda *arrays, tpu=None, default, **_: (tpu or default)(*arrays)
+    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+    with jax.default_matmul_precision("highest"):
+        assert_all_close(outputs(), expected)
 
 
 def test_unfused_relu_is_relu_without_a_maximum():

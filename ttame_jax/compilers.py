@@ -29,11 +29,16 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 CPU_PIXELS = (os.cpu_count() or 1) * 224 * 224
 """Pixels that a CPU processes at a time: one image of the usual size per core."""
 
-_in_whole_batch = ContextVar("_in_whole_batch", default=False)
+_in_group = ContextVar("_in_group", default=False)
 
 
-def in_groups(function: Callable[..., Any], images: jax.Array, *others: jax.Array) -> Any:
-    """Applies a function to a batch, on CPUs a few images at a time.
+def in_groups(
+    function: Callable[..., Any],
+    images: jax.Array,
+    *others: jax.Array,
+    tpu_pixels: int | None = None,
+) -> Any:
+    """Applies a function to a batch, on CPUs a few images at a time, and on TPUs if asked to.
 
     Outside `jax.jit` the whole batch is processed at once on every platform, because a loop
     would be compiled at every call.
@@ -42,36 +47,45 @@ def in_groups(function: Callable[..., Any], images: jax.Array, *others: jax.Arra
       function: maps arrays [n, ...] like those given, for any n, to a tree of arrays [n, ...].
       images: [B, H, W, C].
       others: further arrays [B, ...] with one entry per image.
+      tpu_pixels: pixels that a TPU processes at a time; None is the whole batch.
 
     Returns:
-      ``function(images, *others)``. On CPUs a group is the largest divisor of B images with at
-      most `CPU_PIXELS` pixels, or a single image. A symbolic batch is one group.
+      ``function(images, *others)``. A group is the largest divisor of B images with at most
+      `CPU_PIXELS` or `tpu_pixels` pixels, or a single image. A symbolic batch is one group.
     """
     # The activations of a small group stay in the CPU's caches, which makes a classifier and its
-    # gradient up to a fifth faster. Remove when XLA's CPU compiler tiles the batch itself.
+    # gradient up to a fifth faster, and in a TPU's vector memory, which by the compiler's estimate
+    # saves a ViT a third of its cycles (docs/tpu.md). Remove when XLA tiles the batch itself.
     batch, height, width = images.shape[:3]
     if jax.export.is_symbolic_dim(batch):  # of an exported program; its divisors are unknown
         return function(images, *others)
-    most = min(max(CPU_PIXELS // (height * width), 1), batch)
-    size = next(n for n in range(most, 0, -1) if batch % n == 0)
-    # Both branches are traced, which takes time. There is no choice to make for a single group, nor
-    # for a nested call inside the branch for the other platforms.
-    if size == batch or not isinstance(images, jax.core.Tracer) or _in_whole_batch.get():
+    sizes = {}
+    for platform, pixels in (("cpu", CPU_PIXELS), ("tpu", tpu_pixels)):
+        if pixels is None:
+            continue
+        most = min(max(pixels // (height * width), 1), batch)
+        sizes[platform] = next(n for n in range(most, 0, -1) if batch % n == 0)
+
+    def in_groups_of(size):
+        def grouped(*arrays):
+            token = _in_group.set(True)
+            try:
+                if size == batch:
+                    return function(*arrays)
+                groups = [x.reshape(-1, size, *x.shape[1:]) for x in arrays]
+                outputs = jax.lax.map(lambda group: function(*group), groups)
+                return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+            finally:
+                _in_group.reset(token)
+
+        return grouped
+
+    # All branches are traced, which takes time. There is no choice to make for a nested call, nor
+    # if the batch is a single group on every platform.
+    branches = {platform: in_groups_of(size) for platform, size in sizes.items() if size < batch}
+    if not branches or not isinstance(images, jax.core.Tracer) or _in_group.get():
         return function(images, *others)
-
-    def whole(*arrays):
-        token = _in_whole_batch.set(True)
-        try:
-            return function(*arrays)
-        finally:
-            _in_whole_batch.reset(token)
-
-    def grouped(*arrays):
-        groups = [x.reshape(-1, size, *x.shape[1:]) for x in arrays]
-        outputs = jax.lax.map(lambda group: function(*group), groups)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
-
-    return jax.lax.platform_dependent(images, *others, cpu=grouped, default=whole)
+    return jax.lax.platform_dependent(images, *others, **branches, default=in_groups_of(batch))
 
 
 def convolve(
@@ -278,17 +292,28 @@ max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 @jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
     """The exact GELU, x times the standard normal distribution function, of any shape."""
+    # By the error function, whose complement in `jax.nn.gelu` takes twice as long on CPUs and TPUs.
     # The derivative is written out because JAX 0.12 fails to differentiate the error function inside
-    # `jax.shard_map`. Remove when no supported version of JAX fails.
-    return nnx.gelu(x, approximate=False)
+    # `jax.shard_map`. Remove when `jax.nn.gelu` is as fast, and no supported version of JAX fails.
+    values = _at_least_float32(x)
+    return (values * _normal_distribution(values)).astype(x.dtype)
 
 
 @gelu.defjvp
 def _gelu_jvp(primals, tangents):
     (x,), (tangent,) = primals, tangents
-    cumulative = 0.5 * jax.lax.erfc(-sqrt(0.5) * x)
-    density = jnp.exp(-0.5 * x * x) / sqrt(2 * pi)
-    return gelu(x), (cumulative + x * density) * tangent
+    values = _at_least_float32(x)
+    density = jnp.exp(-0.5 * values * values) / sqrt(2 * pi)
+    slope = _normal_distribution(values) + values * density
+    return gelu(x), slope.astype(x.dtype) * tangent
+
+
+def _normal_distribution(x):
+    return 0.5 + 0.5 * jax.lax.erf(sqrt(0.5) * x)
+
+
+def _at_least_float32(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 @jax.jit
@@ -302,7 +327,7 @@ def layer_norm(
     # `jax.jit` gives the function a name in a JAX program, by which `ttame_jax.export` recognises it.
     # As one node it is several times faster in ONNX Runtime than as many. Remove, and use Flax's,
     # when Flax's is under `jax.jit`.
-    values = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    values = _at_least_float32(x)
     mean = values.mean(-1, keepdims=True)
     var = jnp.maximum(jnp.square(values).mean(-1, keepdims=True) - jnp.square(mean), 0)
     return ((x - mean) * (jax.lax.rsqrt(var + epsilon) * scale) + bias).astype(x.dtype)
@@ -320,6 +345,48 @@ def unfused_relu(x: jax.Array) -> jax.Array:
     # XLA's CPU compiler fuses a maximum with the layers around it such that all convolutions before
     # them run twice. It does not do so with a select. Remove when it no longer does with a maximum.
     return jnp.where(x > 0, x, 0)
+
+
+def self_attention(
+    x: jax.Array,
+    qkv: nnx.Linear,
+    proj: nnx.Linear,
+    num_heads: int,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """Multi-head self-attention with its linear layers.
+
+    Args:
+      x: tokens, [..., N, D], of the layers' dtype.
+      qkv: the projection to queries, keys and values, D -> 3 D, each with its heads in order.
+      proj: the projection of the joined heads, D -> D.
+      num_heads: number of heads h.
+      bias: added to the scores before the softmax, float32 [..., h, N, N].
+
+    Returns:
+      [..., N, D], of the same dtype.
+    """
+
+    def joined(x):
+        projected = qkv(x).reshape(*x.shape[:-1], 3, num_heads, -1)
+        return proj(attend(projected, bias).reshape(x.shape))
+
+    # XLA's TPU compiler copies the joint projection from one layout to another several times. With
+    # one product per head it needs no copies. On CPUs that is a quarter slower. Remove when XLA
+    # lays out the joint projection as the attention reads it.
+    def by_heads(x):
+        width = x.shape[-1]
+        kernels = qkv.kernel[...].astype(x.dtype).reshape(width, 3, num_heads, -1)
+        query, key, value = (jnp.einsum("...nd,dhk->...hnk", x, kernels[:, i]) for i in range(3))
+        if qkv.bias is not None:
+            biases = qkv.bias[...].astype(x.dtype).reshape(3, num_heads, 1, -1)
+            query, key, value = query + biases[0], key + biases[1], value + biases[2]
+        kernel = proj.kernel[...].astype(x.dtype).reshape(num_heads, -1, width)
+        attended = _attend_by_heads(query, key, value, bias)
+        y = jnp.einsum("...hnk,hkd->...nd", attended, kernel)
+        return y if proj.bias is None else y + proj.bias[...].astype(x.dtype)
+
+    return jax.lax.platform_dependent(x, tpu=by_heads, default=joined)
 
 
 def attend(qkv: jax.Array, bias: jax.Array | None = None) -> jax.Array:
@@ -363,11 +430,15 @@ def _cudnn_attend(qkv):
 def _plain_attend(qkv, bias=None):
     # With heads first the matrix products need no further transposes: a seventh faster on CPUs.
     query, key, value = jnp.moveaxis(qkv, (-3, -2), (0, -3))
+    return _attend_by_heads(query, key, value, bias).swapaxes(-3, -2)
+
+
+def _attend_by_heads(query, key, value, bias):
+    """Queries, keys and values [..., h, N, d] -> [..., h, N, d]."""
     scores = jnp.einsum("...qd,...kd->...qk", query, key, preferred_element_type=jnp.float32)
     scores = scores * query.shape[-1] ** -0.5
     scores = scores if bias is None else scores + bias
-    weights = attention_weights(scores).astype(qkv.dtype)
-    return (weights @ value).swapaxes(-3, -2)
+    return attention_weights(scores).astype(value.dtype) @ value
 
 
 def compiler_options(mesh: Mesh) -> dict[str, bool] | None:

@@ -69,6 +69,7 @@ class Backbone(nnx.Module):
       prefix_tokens: number of tokens before the patches in the outputs of a transformer's layers.
       rise_masks: number of masks that RISE's authors use for classifiers of this kind.
       min_size: smallest height and width of an input, in pixels.
+      tpu_pixels: pixels that a TPU processes at a time (`compilers.in_groups`).
       any_size: whether inputs may have another size than that of `preprocessing`.
     """
 
@@ -79,6 +80,7 @@ class Backbone(nnx.Module):
     any_size: bool = True
     prefix_tokens: int = 0
     min_size: int = 1
+    tpu_pixels: ClassVar[int | None] = None
     feature_layers: tuple[str, ...]
     target_layer: str
 
@@ -131,7 +133,7 @@ class Backbone(nnx.Module):
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"{self.name} takes images [B, H, W, 3], got {list(images.shape)}")
         self.check_size(images.shape[1], images.shape[2])
-        return in_groups(self._forward, images)
+        return in_groups(self._forward, images, tpu_pixels=self.tpu_pixels)
 
     def _forward(self, images):
         state, features = (images.astype(self.dtype),), []

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ttame_jax.compilers import attend, gelu
+from ttame_jax.compilers import gelu, self_attention
 from ttame_jax.preprocessing import Preprocessing
 
 from . import base
@@ -50,11 +50,9 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         """`mask`: added to the scores of each window, [n, 1, N, N]."""
-        *batch, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(*batch, tokens, 3, self.num_heads, width // self.num_heads)
         bias = self.position_bias[...][relative_positions(self.window)].transpose(2, 0, 1)
         bias = bias if mask is None else bias + mask
-        return self.proj(attend(qkv, bias).reshape(x.shape))
+        return self_attention(x, self.qkv, self.proj, self.num_heads, bias)
 
 
 def relative_positions(window: int) -> np.ndarray:

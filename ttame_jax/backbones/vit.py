@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ttame_jax.compilers import attend, gelu
+from ttame_jax.compilers import gelu, self_attention
 from ttame_jax.files import Tensors
 from ttame_jax.preprocessing import DIGITS, Preprocessing
 
@@ -59,9 +59,7 @@ class Attention(nnx.Module):
         self.num_heads = num_heads
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        return self.proj(attend(qkv).reshape(batch, tokens, width))
+        return self_attention(x, self.qkv, self.proj, self.num_heads)
 
 
 ACTIVATIONS = {
@@ -125,6 +123,7 @@ class ViT(Backbone):
     masking = "standardised"
     any_size = False
     feature_kinds = ("block", "norm")
+    tpu_pixels = 16 * 224 * 224  # 16 is the number of rows of a tile of bfloat16
     architecture: Architecture
 
     def __init__(self, name: str, architecture: Architecture, *, rngs: nnx.Rngs, **options: Any):

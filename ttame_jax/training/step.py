@@ -90,8 +90,8 @@ def _compiled(
         maps = jax.nn.sigmoid(maps)  # Psi [b, b, h, w], synchronised [b, B, h, w]
         own = jax.lax.dynamic_slice_in_dim(maps, first, len(classes), axis=1)
         masks = upsample(jnp.einsum("bbhw->bhw", own), images.shape[1:3])
-        masked = mask_images(images, masks, classify.preprocessing, masking)
-        loss, terms = total_loss(maps, _entropies(classify, masked, classes), loss_config)
+        entropies = _entropies(classify, images, masks, classes, masking)
+        loss, terms = total_loss(maps, entropies, loss_config)
         return loss, ({"loss": loss, **terms}, nnx.state(mechanism, nnx.BatchStat))
 
     def local_step(state: TrainState, backbone_state, images):
@@ -111,29 +111,36 @@ def _compiled(
     return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(mesh))
 
 
-def _entropies(backbone: Backbone, images: jax.Array, classes: jax.Array) -> jax.Array:
-    """Cross-entropies [B] of standardised images [B, H, W, 3] against classes [B].
+def _entropies(
+    backbone: Backbone, images: jax.Array, masks: jax.Array, classes: jax.Array, masking: Masking
+) -> jax.Array:
+    """Cross-entropies [B] of images [B, H, W, 3] under masks [B, H, W] against classes [B].
 
-    The gradients are computed along with the values, so the classifier's activations are kept for
-    only one group of images at a time.
+    The gradients of the masks are computed along with the values, so the classifier's activations
+    are kept for only one group of images at a time.
     """
 
-    def of_group(images, classes):
-        entropies, pull = jax.vjp(lambda x: cross_entropy(backbone(x)[0], classes), images)
+    def of_group(images, masks, classes):
+        def of_masks(masks):
+            masked = mask_images(images, masks, backbone.preprocessing, masking)
+            return cross_entropy(backbone(masked)[0], classes)
+
+        entropies, pull = jax.vjp(of_masks, masks)
         return entropies, *pull(jnp.ones_like(entropies))
 
-    entropies, gradients = in_groups(of_group, jax.lax.stop_gradient(images), classes)
-    return _with_gradients(images, entropies, gradients)
+    arrays = images, jax.lax.stop_gradient(masks), classes
+    entropies, gradients = in_groups(of_group, *arrays, tpu_pixels=backbone.tpu_pixels)
+    return _with_gradients(masks, entropies, gradients)
 
 
 @jax.custom_vjp
-def _with_gradients(images, values, gradients):
-    """Returns values [B] of images [B, ...] and gives them the gradients [B, ...]."""
-    del images, gradients
+def _with_gradients(masks, values, gradients):
+    """Returns values [B] of masks [B, ...] and gives them the gradients [B, ...]."""
+    del masks, gradients
     return values
 
 
 _with_gradients.defvjp(
-    lambda images, values, gradients: (values, gradients),
+    lambda masks, values, gradients: (values, gradients),
     lambda gradients, scales: (jax.vmap(jnp.multiply)(scales, gradients), None, None),
 )
