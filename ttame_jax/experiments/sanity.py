@@ -20,8 +20,6 @@ import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
-from skimage.feature import hog
-from skimage.metrics import structural_similarity
 
 from ttame_jax.backbones.dependencies import layer_parameters
 from ttame_jax.data import evaluation_batches, thin
@@ -118,6 +116,8 @@ def sanity(config: SanityConfig) -> list[dict]:
       Failure: all original maps of a method are constant, or another process writes to the output.
     """
     check_output_folder(config.output)
+    import skimage  # noqa: F401  named before any work if it is missing
+
     check = Check(config)
     with locked(config.output):
         figures = [check.evaluate(cascade) for cascade in check.cascades]
@@ -248,6 +248,9 @@ def similarities(one: np.ndarray, other: np.ndarray, size: tuple[int, int]) -> d
     Returns:
       The `MEASURES` by name, each at most 1.
     """
+    from skimage.feature import hog
+    from skimage.metrics import structural_similarity
+
     if np.array_equal(one, other):
         return dict.fromkeys(MEASURES, 1.0)
     resized = [resize_map(values, size) for values in (one, other)]
