@@ -181,7 +181,7 @@ CONVERT = "convert backbone vit --weights {}/"
         # Metrics and images of an evaluation
         (EVALUATE + " --measures", 2, "no metric given: --measures takes ad, ic"),
         (EVALUATE + " --measures ad,roc", 2, "unknown metric 'roc'"),
-        (EVALUATE + " --measures pointing", 2, "has no boxes: remove the metric 'pointing'"),
+        (EVALUATE + " --measures pointing", 2, "or remove the metric 'pointing'"),
         (EVALUATE + " --limit 0", 2, "--limit must be at least 1, not 0"),
         (EVALUATE + " --limit -5", 2, "--limit must be at least 1, not -5"),
         (EVALUATE + " --batch-size 0", 2, "--batch-size must be at least 1, not 0"),
