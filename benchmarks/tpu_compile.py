@@ -42,12 +42,16 @@ from ttame_jax.losses import LossConfig
 from ttame_jax.mesh import AXIS
 from ttame_jax.methods import TTAME
 from ttame_jax.preprocessing import to_float
+from ttame_jax.training.batch_size import DEVICE_SHARE, largest_fitting, needed_memory
 from ttame_jax.training.optimizer import OneCycle, one_cycle_sgd
 from ttame_jax.training.step import initial_state, make_train_step
 from ttame_jax.weights import abstract_backbone
 
 CLOCKS = {"TPU v5 lite": 1.5e9, "TPU v5": 1.75e9, "TPU v5p": 1.75e9, "TPU v6 lite": 1.75e9}
 """Cycles a second, which follow from the peak and the number and size of the matrix units."""
+
+MEMORY = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v5p": 95, "TPU v6 lite": 32}
+"""GiB of a chip."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,9 @@ class Options:
     """vgg16, resnet50, vit_b16 or another classifier by name."""
     topology: str = "v5e:2x4"
     """Kind and arrangement of the chips: v5e:8x8, v5p:2x2x2, v6e:2x4 and so on."""
-    batch_size: int = 1024
-    """Images per batch, over all chips."""
+    batch_size: int | Literal["auto"] = 1024
+    """Images per batch, over all chips; auto: the largest that fits into their memory, up to 4096
+    per chip."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the computation."""
     image_size: int = 224
@@ -77,15 +82,34 @@ def run(options: Options) -> dict:
         raise SystemExit("--compare needs --program forward --backbone vit_b16")
     devices = topologies.get_topology_desc(platform="tpu", topology_name=options.topology).devices
     mesh = Mesh(np.array(devices), (AXIS,))
+    size = largest_batch(options, mesh) if options.batch_size == "auto" else options.batch_size
     result = {
         "device": devices[0].device_kind,
         "device_count": mesh.size,
+        "batch_size": size,
         "libtpu": version("libtpu"),
-        **estimate(PROGRAMS[options.program](options, mesh), mesh, options.precision),
+        **estimate(PROGRAMS[options.program](options, mesh, size), mesh, options.precision),
     }
     if options.compare:
-        result["equimo"] = estimate(equimo(options, mesh), mesh, options.precision)
+        result["equimo"] = estimate(equimo(options, mesh, size), mesh, options.precision)
     return result
+
+
+def largest_batch(options: Options, mesh: Mesh) -> int:
+    """The largest batch whose program fits into the chips' memory (`--batch-size auto`)."""
+    usable = DEVICE_SHARE * MEMORY[mesh.devices.flat[0].device_kind] * 2**30
+
+    def share(size: int) -> float:
+        def compile_program(size):
+            lower, _ = PROGRAMS[options.program](options, mesh, size)
+            return lower().compile()
+
+        return needed_memory(compile_program, size) / usable
+
+    size, used = largest_fitting(share, mesh.size, [mesh.size << k for k in range(13)])
+    if size is None:
+        raise SystemExit(f"one image per chip needs {used:.0%} of its usable memory")
+    return size
 
 
 Lowering = tuple[Callable[[], jax.stages.Lowered], float]
@@ -141,47 +165,47 @@ def placed(tree, mesh: Mesh, *axes: str):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def batch(options: Options, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    shape = (options.batch_size, options.image_size, options.image_size, 3)
+def batch(options: Options, mesh: Mesh, size: int) -> jax.ShapeDtypeStruct:
+    shape = (size, options.image_size, options.image_size, 3)
     return placed(jax.ShapeDtypeStruct(shape, jnp.uint8), mesh, AXIS)
 
 
-def training(options: Options, mesh: Mesh) -> Lowering:
+def training(options: Options, mesh: Mesh, size: int) -> Lowering:
     backbone, attention = models(options)
     optimizer = one_cycle_sgd(OneCycle(1e-3, 10**6))
     graph, parameters = nnx.split(attention)
     state = jax.eval_shape(
         lambda parameters: initial_state(nnx.merge(graph, parameters), optimizer), parameters
     )
-    images = options.batch_size // mesh.size
+    images = size // mesh.size
 
     def lower():
         step = make_train_step(backbone, attention, optimizer, mesh, backbone.masking, LossConfig())
         arguments = placed((state, nnx.state(backbone)), mesh)
-        return step.lower(*arguments, batch(options, mesh))
+        return step.lower(*arguments, batch(options, mesh, size))
 
     return lower, images * model_flops(backbone, attention, options.image_size, images)
 
 
-def explaining(options: Options, mesh: Mesh) -> Lowering:
+def explaining(options: Options, mesh: Mesh, size: int) -> Lowering:
     method = TTAME(*models(options))
     graph, state = nnx.split(method)
     return over_batch(
-        lambda state, images: nnx.merge(graph, state).explain(images), state, options, mesh
+        lambda state, images: nnx.merge(graph, state).explain(images), state, options, mesh, size
     )
 
 
-def classifying(options: Options, mesh: Mesh) -> Lowering:
+def classifying(options: Options, mesh: Mesh, size: int) -> Lowering:
     graph, state = nnx.split(models(options)[0])
 
     def forward(state, images):
         backbone = nnx.merge(graph, state)
         return backbone(backbone.preprocessing.standardise(images))[0]
 
-    return over_batch(forward, state, options, mesh)
+    return over_batch(forward, state, options, mesh, size)
 
 
-def equimo(options: Options, mesh: Mesh) -> Lowering:
+def equimo(options: Options, mesh: Mesh, size: int) -> Lowering:
     """Equimo's ViT-B/16."""
     import equinox
     from equimo.models.vit import vit_base_patch16_224
@@ -196,10 +220,10 @@ def equimo(options: Options, mesh: Mesh) -> Lowering:
         images = images.astype(options.precision).transpose(0, 3, 1, 2)
         return jax.vmap(lambda image: model(image, key, inference=True))(images)
 
-    return over_batch(forward, arrays, options, mesh)
+    return over_batch(forward, arrays, options, mesh, size)
 
 
-def over_batch(function: Callable, state, options: Options, mesh: Mesh) -> Lowering:
+def over_batch(function: Callable, state, options: Options, mesh: Mesh, size: int) -> Lowering:
     """A function of parameters and images [B, H, W, 3] in [0, 1], each chip with its images."""
 
     def local(state, images):
@@ -207,9 +231,9 @@ def over_batch(function: Callable, state, options: Options, mesh: Mesh) -> Lower
 
     def lower():
         step = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
-        return jax.jit(step).lower(placed(state, mesh), batch(options, mesh))
+        return jax.jit(step).lower(placed(state, mesh), batch(options, mesh, size))
 
-    shape = (options.batch_size // mesh.size, options.image_size, options.image_size, 3)
+    shape = (size // mesh.size, options.image_size, options.image_size, 3)
     return lower, layer_flops(local, state, jax.ShapeDtypeStruct(shape, jnp.uint8))
 
 

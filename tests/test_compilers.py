@@ -318,18 +318,22 @@ def test_self_attention_by_heads_is_self_attention(biases, monkeypatch):
     qkv, proj = (
         nnx.Linear(8, width, use_bias=biases, bias_init=bias_init, rngs=rngs) for width in (24, 8)
     )
-    x, scores = jax.random.normal(rngs(), (2, 3, 5, 8)), jax.random.normal(rngs(), (3, 2, 5, 5))
+    x, scores = jax.random.normal(rngs(), (2, 3, 5, 8)), jax.random.normal(rngs(), (2, 5, 5))
 
-    def outputs():
-        function = lambda x: self_attention(x, qkv, proj, 2, scores if biases else None)
-        y, pull = jax.vjp(function, x)
+    def attention(x):
+        return self_attention(x, qkv, proj, 2, scores if biases else None)
+
+    def outputs(function):
+        y, pull = jax.vjp(jax.jit(function), x)
         return y, *pull(x)
 
-    expected = outputs()
-    choose = lambda *arrays, tpu=None, default, **_: (tpu or default)(*arrays)
+    choose = lambda *arrays, tpu, default: tpu(*arrays)
     monkeypatch.setattr(jax.lax, "platform_dependent", choose)
     with jax.default_matmul_precision("highest"):
-        assert_all_close(outputs(), expected)
+        by_heads = outputs(lambda x: in_groups(attention, x, tpu_pixels=1))
+        assert_all_close(by_heads, outputs(attention))
+    program = jax.make_jaxpr(lambda x: in_groups(attention, x, tpu_pixels=1))(x)
+    assert "5,24]" not in str(program)  # no joint projection
 
 
 def test_unfused_relu_is_relu_without_a_maximum():

@@ -29,7 +29,8 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 CPU_PIXELS = (os.cpu_count() or 1) * 224 * 224
 """Pixels that a CPU processes at a time: one image of the usual size per core."""
 
-_in_group = ContextVar("_in_group", default=False)
+_platform: ContextVar[str | None] = ContextVar("_platform", default=None)
+"""The platform for which a group of images is being traced; None outside groups."""
 
 
 def in_groups(
@@ -66,9 +67,9 @@ def in_groups(
         most = min(max(pixels // (height * width), 1), batch)
         sizes[platform] = next(n for n in range(most, 0, -1) if batch % n == 0)
 
-    def in_groups_of(size):
+    def in_groups_of(size, platform):
         def grouped(*arrays):
-            token = _in_group.set(True)
+            token = _platform.set(platform)
             try:
                 if size == batch:
                     return function(*arrays)
@@ -76,16 +77,17 @@ def in_groups(
                 outputs = jax.lax.map(lambda group: function(*group), groups)
                 return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
             finally:
-                _in_group.reset(token)
+                _platform.reset(token)
 
         return grouped
 
     # All branches are traced, which takes time. There is no choice to make for a nested call, nor
     # if the batch is a single group on every platform.
-    branches = {platform: in_groups_of(size) for platform, size in sizes.items() if size < batch}
-    if not branches or not isinstance(images, jax.core.Tracer) or _in_group.get():
+    branches = {name: in_groups_of(size, name) for name, size in sizes.items() if size < batch}
+    if not branches or not isinstance(images, jax.core.Tracer) or _platform.get():
         return function(images, *others)
-    return jax.lax.platform_dependent(images, *others, **branches, default=in_groups_of(batch))
+    default = in_groups_of(batch, "default")
+    return jax.lax.platform_dependent(images, *others, **branches, default=default)
 
 
 def convolve(
@@ -356,6 +358,8 @@ def self_attention(
 ) -> jax.Array:
     """Multi-head self-attention with its linear layers.
 
+    In groups of images that are traced for TPUs (`in_groups`) each head is projected by itself.
+
     Args:
       x: tokens, [..., N, D], of the layers' dtype.
       qkv: the projection to queries, keys and values, D -> 3 D, each with its heads in order.
@@ -367,26 +371,22 @@ def self_attention(
       [..., N, D], of the same dtype.
     """
 
-    def joined(x):
-        projected = qkv(x).reshape(*x.shape[:-1], 3, num_heads, -1)
-        return proj(attend(projected, bias).reshape(x.shape))
-
     # XLA's TPU compiler copies the joint projection from one layout to another several times. With
     # one product per head it needs no copies. On CPUs that is a quarter slower. Remove when XLA
     # lays out the joint projection as the attention reads it.
-    def by_heads(x):
-        width = x.shape[-1]
-        kernels = qkv.kernel[...].astype(x.dtype).reshape(width, 3, num_heads, -1)
-        query, key, value = (jnp.einsum("...nd,dhk->...hnk", x, kernels[:, i]) for i in range(3))
-        if qkv.bias is not None:
-            biases = qkv.bias[...].astype(x.dtype).reshape(3, num_heads, 1, -1)
-            query, key, value = query + biases[0], key + biases[1], value + biases[2]
-        kernel = proj.kernel[...].astype(x.dtype).reshape(num_heads, -1, width)
-        attended = _attend_by_heads(query, key, value, bias)
-        y = jnp.einsum("...hnk,hkd->...nd", attended, kernel)
-        return y if proj.bias is None else y + proj.bias[...].astype(x.dtype)
-
-    return jax.lax.platform_dependent(x, tpu=by_heads, default=joined)
+    if _platform.get() != "tpu":
+        projected = qkv(x).reshape(*x.shape[:-1], 3, num_heads, -1)
+        return proj(attend(projected, bias).reshape(x.shape))
+    width = x.shape[-1]
+    kernels = qkv.kernel[...].astype(x.dtype).reshape(width, 3, num_heads, -1)
+    query, key, value = (jnp.einsum("...nd,dhk->...hnk", x, kernels[:, i]) for i in range(3))
+    if qkv.bias is not None:
+        biases = qkv.bias[...].astype(x.dtype).reshape(3, num_heads, 1, -1)
+        query, key, value = query + biases[0], key + biases[1], value + biases[2]
+    kernel = proj.kernel[...].astype(x.dtype).reshape(num_heads, -1, width)
+    attended = _attend_by_heads(query, key, value, bias)
+    y = jnp.einsum("...hnk,hkd->...nd", attended, kernel)
+    return y if proj.bias is None else y + proj.bias[...].astype(x.dtype)
 
 
 def attend(qkv: jax.Array, bias: jax.Array | None = None) -> jax.Array:

@@ -46,26 +46,43 @@ def largest_batch(compile_step: Callable[[int], jax.stages.Compiled], images: in
         say(f"--batch-size auto: {size}, because {kind} does not report its memory")
         return size
 
-    @functools.cache
     def share(size: int) -> float:
         """Fraction of the usable memory on the fullest device."""
-        mine = np.float32(_needed(compile_step, size) / memory)
+        mine = np.float32(needed_memory(compile_step, size) / memory)
         return float(multihost_utils.process_allgather(mine).max())
 
+    size, used = largest_fitting(share, devices, sizes)
+    usable = f"the {memory / 2**30:.1f} GiB that it may use on each"
+    if size is None:
+        raise ValueError(
+            f"one image per device does not fit: a step of {devices} needs {used:.0%} of "
+            f"{usable}: try --precision bfloat16"
+        )
+    say(f"--batch-size auto: {size}. A step needs {used:.0%} of {usable} device")
+    return size
+
+
+def largest_fitting(
+    share: Callable[[int], float], devices: int, sizes: list[int]
+) -> tuple[int | None, float]:
+    """The largest batch that needs at most all of the usable memory.
+
+    Args:
+      share: the fraction of the usable memory that a batch needs. It is called for few batches.
+      devices: number of devices.
+      sizes: the batches to choose from, ascending.
+
+    Returns:
+      The batch and its share; None and the share of the smallest batch if none fits.
+    """
+    share = functools.cache(share)
     small, larger = (devices * count for count in PROBES)
     slope = (share(larger) - share(small)) / (larger - small)
     for size in reversed(sizes):
         estimate = share(larger) + slope * (size - larger)
         if (size <= larger or estimate <= 1) and share(size) <= 1:
-            say(
-                f"--batch-size auto: {size}. A step needs {share(size):.0%} of the "
-                f"{memory / 2**30:.1f} GiB that it may use on each device"
-            )
-            return size
-    raise ValueError(
-        f"one image per device does not fit: a step of {devices} needs {share(devices):.0%} of the "
-        f"{memory / 2**30:.1f} GiB that it may use on each: try --precision bfloat16"
-    )
+            return size, share(size)
+    return None, share(sizes[0])
 
 
 def usable_memory() -> float | None:
@@ -78,7 +95,7 @@ def usable_memory() -> float | None:
     return DEVICE_SHARE * limit if limit else None
 
 
-def _needed(compile_step: Callable[[int], jax.stages.Compiled], size: int) -> float:
+def needed_memory(compile_step: Callable[[int], jax.stages.Compiled], size: int) -> float:
     """Bytes on a device while it runs the step; infinite if the compiler runs out of memory."""
     try:
         needs: Any = compile_step(size).memory_analysis()
