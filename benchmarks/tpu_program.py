@@ -53,12 +53,6 @@ class Instruction:
         """Names of the computations that it runs."""
         return re.findall(r"(?:body|calls|to_apply)=%?([\w.-]+)", self.line)
 
-    @property
-    def turns(self) -> int:
-        """How often it runs them."""
-        found = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', self.line)
-        return int(found[1]) if found else 1
-
 
 class Program:
     """A compiled program, from its text (`jax.stages.Compiled.as_text`)."""
@@ -82,7 +76,24 @@ class Program:
             yield instruction, times
             if instruction.operation != "fusion":
                 for called in instruction.called:
-                    yield from self.executed(called, times * instruction.turns)
+                    yield from self.executed(called, times * self.turns(instruction))
+
+    def turns(self, instruction: Instruction) -> int:
+        """How often an instruction runs the computations that it calls: a loop several times.
+
+        Loops count up from 0 to the only integer constant in their condition.
+
+        Raises:
+          ValueError: a loop is not of this kind.
+        """
+        if instruction.operation != "while":
+            return 1
+        condition = re.search(r"condition=%?([\w.-]+)", instruction.line)
+        lines = [x.line for x in self.computations[condition[1]]] if condition else []
+        limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(lines))
+        if len(limits) != 1:
+            raise ValueError(f"cannot tell how often a loop runs: {instruction.line.strip()[:200]}")
+        return int(limits[0])
 
     def kind(self, instruction: Instruction) -> str:
         """What an instruction's cycles are spent on.

@@ -30,12 +30,13 @@ HloModule jit_step
 }
 
 %condition (state.1: (s32[], bf16[8,4])) -> pred[] {
-  ROOT %less = pred[] compare(%i, %n), direction=LT
+  %n = s32[]{:T(128)} constant(3)
+  ROOT %less = pred[]{:T(512)} compare(%i, %n), direction=LT
 }
 
 ENTRY %main (x: f32[8]) -> f32[8] {
   %x = f32[8]{0} parameter(0)
-  %while = (s32[], bf16[8,4]{1,0}) while(%init), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %while = (s32[], bf16[8,4]{1,0}) while(%init), condition=%condition, body=%body
   %fusion.2 = f32[8]{0} fusion(%x), kind=kLoop, calls=%scaled, metadata={op_name="jit(step)/jit(attention_weights)/exp"}, backend_config={"window_config":{"estimated_cycles":"20"}}
   %fusion.3 = f32[8]{0} fusion(%x), kind=kLoop, calls=%scaled, backend_config={"window_config":{"estimated_cycles":"5"}}
   %all-reduce-start = (f32[8,4]{1,0}, bf16[3]{0:T(256)}, f32[]) all-reduce-start(%p, %q, %r), to_apply=%scaled
@@ -47,6 +48,11 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 def test_cycles_are_added_by_kind_and_those_of_a_loop_at_every_turn():
     expected = {"matrix_products": 300, "copies": 21, "softmax": 20, "rest": 5}
     assert Program(PROGRAM).cycles == expected
+
+
+def test_a_loop_without_a_limit_is_an_error():
+    with pytest.raises(ValueError, match="cannot tell how often a loop runs: %while"):
+        list(Program(PROGRAM.replace("constant(3)", "parameter(0)")).executed())
 
 
 def test_collectives_are_counted_with_the_bytes_of_their_results():
