@@ -18,8 +18,8 @@ class AttnLRP(Method, name="attnlrp", title="AttnLRP"):
     """The relevance of pixels for a class's logit, summed over each patch.
 
     Products of matrices give half of their relevance to each factor, softmax that of its Taylor
-    expansion, and activations and normalisations pass it on (section 3). Maps keep the
-    order of positive and negative relevance, ``[B, K, sqrt N, sqrt N]``.
+    expansion, and activations and normalisations pass it on (section 3). The map is the positive
+    part, ``[B, K, sqrt N, sqrt N]``.
 
     Args:
       backbone: the classifier to explain.
@@ -56,7 +56,7 @@ class AttnLRP(Method, name="attnlrp", title="AttnLRP"):
         patches = jax.vmap(self.backbone.patches, in_axes=1, out_axes=1)(relevance)
         side = self.backbone.side
         maps = patches.sum((-3, -2, -1)).reshape(*classes.shape, side, side)
-        return min_max_scale(maps)
+        return min_max_scale(jax.nn.relu(maps))
 
     def relevance(self, images: jax.Array, classes: jax.Array) -> jax.Array:
         """The relevance of each colour of each pixel.

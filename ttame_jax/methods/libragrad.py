@@ -18,8 +18,8 @@ class LibraGrad(Method, name="libragrad", title="LibraGrad"):
     """Libra FullGrad+: input times gradient, summed over the inputs and the biases of all blocks.
 
     In the gradient, attention maps, the gates of the MLPs' activations and the standard deviations
-    of LayerNorms are constants (section 3.5). The map is the sum at the patches, in the order of
-    positive and negative values, ``[B, K, sqrt N, sqrt N]``.
+    of LayerNorms are constants (section 3.5). The map is the positive part at the patches,
+    ``[B, K, sqrt N, sqrt N]``.
 
     Raises:
       ValueError: the backbone is not a ViT.
@@ -33,7 +33,8 @@ class LibraGrad(Method, name="libragrad", title="LibraGrad"):
 
     def __call__(self, images: jax.Array, classes: jax.Array) -> jax.Array:
         inputs, biases = self.attributions(images, classes)
-        return min_max_scale(patch_maps(self.backbone, inputs.sum(axis=2) + biases))
+        maps = patch_maps(self.backbone, inputs.sum(axis=2) + biases)
+        return min_max_scale(jax.nn.relu(maps))
 
     def attributions(self, images: jax.Array, classes: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Input times gradient of each block's input, and of all biases in the blocks.
