@@ -191,7 +191,7 @@ class ViT(Backbone):
     def add_positions(self, x: jax.Array) -> jax.Array:
         """Embedded patches [B, N, D] -> tokens [B, prefix + N, D] with position embeddings."""
         extra = [
-            jnp.broadcast_to(token[...], (len(x), *token.shape[1:])).astype(self.dtype)
+            jnp.broadcast_to(token[...], (x.shape[0], *token.shape[1:])).astype(self.dtype)
             for token in (self.cls_token, self.reg_token)
             if token is not None
         ]
