@@ -39,7 +39,7 @@ AHEAD = 2
 class ExplainDatasetConfig(Selection, ExplainerConfig):
     """The images of a data set, a classifier and a method."""
 
-    dataset: str
+    dataset: str = dataclasses.field()  # without the default that it inherits
     """A TFDS data set, folder:DIR or digits."""
     classes: str = "predicted"
     """Classes to explain: predicted, top5 (or another number), all, or ids and names, separated by
