@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from ttame_jax.errors import Failure
 from ttame_jax.explainer import Explainer
-from ttame_jax.methods import Method
 
 Outputs = dict[str, jax.Array]
 
@@ -19,11 +18,6 @@ _errors: Any = jax.errors if hasattr(jax.errors, "InconclusiveDimensionOperation
 
 OUTPUTS = ("logits", "maps", "likeliest", "likeliest_maps")
 """Names of the outputs, in their order in an ONNX graph."""
-
-
-def dependent(method: Method) -> str:
-    """Why a method cannot be exported."""
-    return f"{method.name} cannot be exported: its program depends on the number of images"
 
 
 def program(
@@ -61,7 +55,9 @@ def program(
         try:
             maps = method.explain_features(images, features, both)
         except _errors.InconclusiveDimensionOperation as error:
-            raise Failure(dependent(method)) from error
+            raise Failure(
+                f"{method.name} cannot be exported: its program depends on the number of images"
+            ) from error
         return dict(zip(OUTPUTS, (logits, maps[:, likeliest:], first, maps[:, :likeliest])))
 
     batch, count = jax.export.symbolic_shape("b, k")

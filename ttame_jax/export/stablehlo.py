@@ -6,10 +6,9 @@ import zipfile
 
 import jax
 
-from ttame_jax.errors import Failure
 from ttame_jax.explainer import Explainer
 
-from .program import dependent, metadata, program
+from .program import metadata, program
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -35,10 +34,7 @@ def stablehlo(explainer: Explainer, likeliest: int = 1) -> bytes:
       Failure: the method's program depends on the number of images.
     """
     explain, shapes = program(explainer, likeliest)
-    try:
-        exported = jax.export.export(jax.jit(explain), platforms=PLATFORMS)(*shapes)
-    except NotImplementedError as error:  # such as a convolution with a group for each image
-        raise Failure(dependent(explainer.method)) from error
+    exported = jax.export.export(jax.jit(explain), platforms=PLATFORMS)(*shapes)
     maps = jax.tree.unflatten(exported.out_tree, exported.out_avals)["maps"]
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as files:  # weights hardly compress
