@@ -92,6 +92,14 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def config(pictures, tmp_path):
+    """The training of the smallest ViT on the pictures."""
+    from tiny import training
+
+    return training(f"folder:{pictures}", tmp_path / "run")
+
+
+@pytest.fixture
 def refusal(capsys):
     """Runs a command that must fail: its exit status, and the line that it printed last."""
     from ttame_jax.cli import main

@@ -8,7 +8,6 @@ from flax import nnx
 from tiny import TINY
 
 from ttame_jax import TTAME, AttentionMechanism, Explainer, load_backbone, load_explainer
-from ttame_jax.config import TrainConfig
 from ttame_jax.experiments.train import train
 
 pytestmark = pytest.mark.quick
@@ -94,33 +93,23 @@ def test_bad_input_is_refused_in_one_line(explainer, images, classes, message):
     assert "\n" not in str(error.value)
 
 
-def test_load_explainer_says_what_is_missing(tmp_path):
+def test_load_explainer_says_what_is_missing(config):
     with pytest.raises(FileNotFoundError, match="is not a run: config.json is missing"):
-        load_explainer(tmp_path)
-    config = TrainConfig(backbone="vit", backbone_config=TINY, weights=None, output=tmp_path)
+        load_explainer(config.output)
     config.save()
     with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
-        load_explainer(tmp_path)
+        load_explainer(config.output)
 
 
-def test_load_explainer_takes_weights_that_have_moved(pictures, tmp_path):
+def test_load_explainer_takes_weights_that_have_moved(config, tmp_path):
     from ttame_jax.weights import save_backbone
 
-    save_backbone(load_backbone("vit", **TINY), tmp_path / "weights.safetensors")
-    config = TrainConfig(
-        backbone="vit",
-        backbone_config=TINY,
-        weights=str(tmp_path / "weights.safetensors"),
-        dataset=f"folder:{pictures}",
-        output=tmp_path / "run",
-        epochs=1,
-        validation_images=0,
-        workers=0,
-    )
+    weights = tmp_path / "weights.safetensors"
+    save_backbone(load_backbone("vit", **TINY), weights)
+    config = dataclasses.replace(config, weights=str(weights), epochs=1, validation_images=0)
     train(config)
     here = load_explainer(config.output)(IMAGES)
-    moved = tmp_path / "moved.safetensors"
-    (tmp_path / "weights.safetensors").rename(moved)
+    moved = weights.rename(tmp_path / "moved.safetensors")
     with pytest.raises(FileNotFoundError, match="weights.safetensors"):
         load_explainer(config.output)
     there = load_explainer(config.output, weights=str(moved))(IMAGES)

@@ -7,7 +7,7 @@ from tiny import TINY
 
 from ttame_jax.attention import VARIANTS
 from ttame_jax.cli import main
-from ttame_jax.config import TrainConfig, preset
+from ttame_jax.config import preset
 from ttame_jax.errors import Failure
 from ttame_jax.experiments import ablate as module
 from ttame_jax.experiments import sweep
@@ -180,17 +180,6 @@ def test_one_run_that_diverges_does_not_stop_the_others(pictures, tmp_path, monk
         ([], 1),
     ]
     assert "diverged: 1 (seed 0)" in (tmp_path / "out" / "ablation.md").read_text()
-
-
-@pytest.fixture
-def config(pictures, tmp_path):
-    return TrainConfig(
-        backbone="vit",
-        backbone_config=TINY,
-        weights=None,
-        dataset=f"folder:{pictures}",
-        output=tmp_path / "out",
-    )
 
 
 def test_all_settings_are_trained_once_before_any_with_another_seed(config, monkeypatch):

@@ -7,10 +7,9 @@ import signal
 
 import pytest
 from PIL import Image
-from tiny import TINY
+from tiny import TINY, training
 
 from ttame_jax.cli import main
-from ttame_jax.config import TrainConfig
 from ttame_jax.experiments import lr_find as module
 from ttame_jax.experiments import sweep
 from ttame_jax.experiments.lr_find import Grid, Point, draw, lr_find, markdown
@@ -22,17 +21,7 @@ FILES = {f"lr_find.{end}" for end in ("md", "csv", "png", "svg")}
 
 
 def settings(pictures, output):
-    return TrainConfig(
-        backbone="vit",
-        backbone_config=TINY,
-        weights=None,
-        dataset=f"folder:{pictures}",
-        output=output,
-        epochs=2,
-        batch_size=32,
-        validation_images=16,
-        workers=0,
-    )
+    return training(f"folder:{pictures}", output, epochs=2, batch_size=32, validation_images=16)
 
 
 @pytest.fixture(scope="module")

@@ -4,21 +4,10 @@ import pytest
 from tiny import TINY
 
 from ttame_jax.attention import VARIANTS
-from ttame_jax.config import TrainConfig, preset
+from ttame_jax.config import preset
 from ttame_jax.experiments import sweep
 from ttame_jax.experiments.sweep import Axis, Setting, field_axis, grid, train_each
 from ttame_jax.training.loop import Diverged
-
-
-@pytest.fixture
-def config(pictures, tmp_path):
-    return TrainConfig(
-        backbone="vit",
-        backbone_config=TINY,
-        weights=None,
-        dataset=f"folder:{pictures}",
-        output=tmp_path / "out",
-    )
 
 
 @pytest.fixture

@@ -104,6 +104,8 @@ def test_an_exported_explainer_computes_the_same(name, format, make_explainer, t
     ("name", "method"),
     [
         ("vit", "gradcam"),
+        ("vit", "attnlrp"),
+        ("vit", "iia"),
         ("resnet18", "integrated_gradients"),
         pytest.param("squeezenet1_1", "gradcam", marks=pytest.mark.slow),
     ],

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from vits import AVERAGING, PLAIN, REFINED, build
+from vits import AVERAGING, PLAIN, REFINED, build, one_image
 
 from ttame_jax.masking import min_max_scale
 from ttame_jax.methods import LibraGrad, compute_maps
@@ -15,15 +15,7 @@ from ttame_jax.weights import load_backbone
 
 CLASSES = np.array([[0, 3]])
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _float64():
-    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        yield
-
-
-def one_image():
-    return jax.random.uniform(jax.random.key(1), (1, 32, 32, 3), "float64")
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @functools.cache

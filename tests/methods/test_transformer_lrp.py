@@ -16,13 +16,9 @@ from ttame_jax.methods.transformer_lrp import add, linear, matmul, propagate
 from ttame_jax.methods.vit_blocks import run_block
 from ttame_jax.weights import load_backbone
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _float64():
-    """Sums close to 0 hand on many times their relevance, with both signs: they amplify rounding
-    by as much, and two ways to add up the same numbers would not agree in float32."""
-    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        yield
+# Sums close to 0 hand on many times their relevance, with both signs: they amplify rounding by as
+# much, and two ways to add up the same numbers would not agree in float32.
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.fixture(scope="module")

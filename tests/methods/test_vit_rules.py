@@ -9,11 +9,7 @@ from vits import AVERAGING, PLAIN, REFINED, build
 from ttame_jax.methods.attnlrp import halved_attention
 from ttame_jax.methods.vit_rules import classify, embed, fixed_attention, linear, run_block
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _float64():
-    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.mark.parametrize(

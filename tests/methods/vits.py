@@ -31,6 +31,10 @@ def randomised(backbone, seed=0):
     return backbone
 
 
+def one_image():
+    return jax.random.uniform(jax.random.key(1), (1, 32, 32, 3), "float64")
+
+
 @functools.cache
 def build(architecture):
     return randomised(ViT("tiny", architecture, dtype="float64", rngs=nnx.Rngs(0)))

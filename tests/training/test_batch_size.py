@@ -11,10 +11,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from launch import Launcher, fellows, train_command
-from tiny import TINY
 
 from ttame_jax.cli import main
-from ttame_jax.config import TrainConfig, command
+from ttame_jax.config import command
 from ttame_jax.experiments.train import train
 from ttame_jax.losses import LossConfig
 from ttame_jax.mesh import AXIS, data_mesh
@@ -27,18 +26,8 @@ FLOATS = 1000  # of an image in the programs below
 
 
 @pytest.fixture
-def config(pictures, tmp_path):
-    return TrainConfig(
-        backbone="vit",
-        backbone_config=TINY,
-        weights=None,
-        dataset=f"folder:{pictures}",
-        output=tmp_path / "run",
-        epochs=1,
-        batch_size="auto",
-        validation_images=0,
-        workers=0,
-    )
+def config(config):
+    return dataclasses.replace(config, epochs=1, batch_size="auto", validation_images=0)
 
 
 def compiler(function, axis=AXIS):

@@ -1,16 +1,14 @@
-import subprocess
-import sys
-
 """Programs are compiled once a run, and found again by the next."""
 
+import dataclasses
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
 import pytest
 from launch import train_command
-from tiny import TINY
 
-from ttame_jax.config import TrainConfig
 from ttame_jax.experiments.train import train
 from ttame_jax.startup import use_compilation_cache
 
@@ -30,25 +28,14 @@ def compiled():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def test_nothing_is_compiled_a_second_time(pictures, tmp_path, compiled):
+def test_nothing_is_compiled_a_second_time(config, compiled):
     """12 steps, six checkpoints, and four validations of 20 images in batches of 16."""
-    config = TrainConfig(
-        backbone="vit",
-        backbone_config=TINY,
-        weights=None,
-        dataset=f"folder:{pictures}",
-        output=tmp_path,
-        epochs=3,
-        batch_size=16,
-        validation_images=20,
-        log_every=1,
-        checkpoint_every=2,
-        workers=0,
-    )
-    log = tmp_path / "metrics.jsonl"
+    fields = {"validation_images": 20, "log_every": 1, "checkpoint_every": 2}
+    config = dataclasses.replace(config, epochs=3, batch_size=16, **fields)
+    log = config.output / "metrics.jsonl"
     compiled.when = lambda: len(log.read_text().splitlines()) if log.exists() else 0
     train(config)
-    assert len((tmp_path / "validation.jsonl").read_text().splitlines()) == 4
+    assert len((config.output / "validation.jsonl").read_text().splitlines()) == 4
     # The validation, which comes before the first step, and the training step.
     assert [name for name in compiled.names if "step" in name] == ["jit(step)", "jit(local_step)"]
     # Before the first line, and in the first checkpoint, which Orbax cuts up.

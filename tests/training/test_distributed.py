@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from launch import Launcher, fellows, free_port, train_command, wait_for_steps
-from tiny import TINY
+from tiny import training
 
 from ttame_jax import load_explainer
-from ttame_jax.config import TrainConfig
 from ttame_jax.data import load_source
 from ttame_jax.experiments.train import train
 from ttame_jax.methods import TTAME
@@ -45,20 +44,8 @@ FIELDS = {"epochs": 1, "batch_size": 8, "checkpoint_every": 10}
 
 def train_here(dataset, output):
     """What `train_command` with `FIELDS` starts, on the 8 devices of this process."""
-    config = TrainConfig(
-        backbone="vit",
-        backbone_config=TINY,
-        weights=None,
-        dataset=dataset,
-        output=output,
-        learning_rate=0.01,
-        validation_images=0,
-        log_every=1,
-        workers=0,
-        synchronise=True,
-        **FIELDS,
-    )
-    train(config)
+    fields = {"learning_rate": 0.01, "validation_images": 0, "log_every": 1, "synchronise": True}
+    train(training(dataset, output, **fields, **FIELDS))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from launch import wait_for_steps
 from PIL import Image
 from tiny import TINY
 
-from ttame_jax.config import TrainConfig
 from ttame_jax.data import load_source
 from ttame_jax.errors import Damaged, Failure, one_line_errors
 from ttame_jax.experiments.train import panel, train
@@ -40,19 +39,9 @@ from ttame_jax.weights import load_backbone, save_backbone
 
 
 @pytest.fixture
-def config(pictures, tmp_path):
-    return TrainConfig(
-        backbone="vit",
-        backbone_config=TINY,
-        weights=None,
-        dataset=f"folder:{pictures}",
-        output=tmp_path / "run",
-        epochs=3,
-        batch_size=16,
-        learning_rate=0.01,
-        validation_images=10,
-        log_every=3,
-        workers=0,
+def config(config):
+    return dataclasses.replace(
+        config, epochs=3, batch_size=16, learning_rate=0.01, validation_images=10, log_every=3
     )
 
 

@@ -22,7 +22,7 @@ from ttame_jax.experiments.cost import estimate, is_slow
 from ttame_jax.experiments.evaluate import Selection
 from ttame_jax.experiments.explain import ExplainerConfig, parse_classes
 from ttame_jax.explainer import Explainer
-from ttame_jax.files import check_output_folder, digest, to_json, write_atomically
+from ttame_jax.files import check_output_folder, digest, locked, to_json, write_atomically
 from ttame_jax.mesh import AXIS
 from ttame_jax.methods import Explanations, Method
 from ttame_jax.preprocessing import to_float
@@ -71,8 +71,14 @@ def explain_dataset(config: ExplainDatasetConfig) -> None:
       ValueError: an option is wrong, or the folder has maps of other settings.
       FileNotFoundError: the run or the images do not exist.
       Damaged: too many images are unreadable.
+      Failure: another process writes to the folder.
     """
     check_output_folder(config.output)
+    with locked(config.output):
+        _explain_dataset(config)
+
+
+def _explain_dataset(config: ExplainDatasetConfig) -> None:
     mesh = Mesh(np.array(jax.local_devices()), (AXIS,))
     if config.batch_size % mesh.size:
         raise ValueError(

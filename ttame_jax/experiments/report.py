@@ -12,6 +12,7 @@ import jax
 import jinja2
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -131,7 +132,9 @@ def _page(
         percentages=PERCENTAGES,
         small=run.backbone.preprocessing.image_size < SMALL,
         classes=_classes(rows, explainer.class_names),
-        settings=dict(_flat({k: v for k, v in settings.items() if k not in (INPUTS, "output")})),
+        settings=flatten_dict(
+            {k: v for k, v in settings.items() if k not in (INPUTS, "output")}, sep="."
+        ),
     )
 
 
@@ -146,14 +149,6 @@ def _facts(config: ReportConfig, run: Run, settings: Mapping, figures: Mapping) 
         "Evaluation": f"{figures['images']:,} images of {config.dataset or settings['dataset']} "
         f"({config.split}), {figures['masking']} masking",
     }
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _training_curves(folder: Path) -> Iterator[tuple[str, Figure]]:

@@ -17,8 +17,12 @@ IMAGES = 8
 
 
 def map_images(function: Callable[..., jax.Array], *batches: jax.Array) -> jax.Array:
-    """Applies a function of one image's arrays to each image of the batches."""
-    return jax.lax.map(lambda arrays: function(*arrays), batches, batch_size=IMAGES)
+    """Applies a function of one image's arrays to each image of the batches.
+
+    An exported program, for any number of images, processes them one by one.
+    """
+    size = None if jax.export.is_symbolic_dim(batches[0].shape[0]) else IMAGES
+    return jax.lax.map(lambda arrays: function(*arrays), batches, batch_size=size)
 
 
 class Trace(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -81,9 +82,9 @@ class Evaluator:
         parts = list(self.batches(state=state))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def figures(self, state: nnx.State | None = None) -> dict[str, float]:
+    def figures(self, state: nnx.State | None = None) -> dict[str, Any]:
         """Returns the means in % under flat names, such as `{"AD_100": 8.7, "AD_50": 9.3}`."""
-        return dict(_flat(summarise(self(state), self.metrics)))
+        return flatten_dict(summarise(self(state), self.metrics), sep="_")
 
     def batches(
         self, indices: Sequence[int] | np.ndarray | None = None, state: nnx.State | None = None
@@ -208,11 +209,3 @@ def replicates(
         chosen = rng.integers(count, size=count)
         trees.append(summarise({name: x[chosen] for name, x in rows.items()}))
     return jax.tree.map(lambda *values: np.array(values), *trees)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}_")
-        else:
-            yield prefix + name, value
