@@ -166,3 +166,38 @@ def test_variants_that_cannot_start_from_the_head_say_so(variant):
     attention = AttentionMechanism(CHANNELS, CLASSES, variant=variant, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=f"'{variant}' lacks: use --start random"):
         attention.start_from_head(jnp.ones((CHANNELS[-1], CLASSES)))
+
+
+SCALES = (300.0, 0.01, 7.0)
+SCALABLE = [name for name, settings in VARIANTS.items() if settings.activation == "relu"]
+
+
+def scaled_mechanism(variant):
+    attention = mechanism(variant, scale_features=True)
+    attention.feature_scale[...] = jnp.array(SCALES[-len(attention.channels) :])
+    return attention
+
+
+@pytest.mark.parametrize("variant", SCALABLE)
+@pytest.mark.parametrize("train", [False, True])
+def test_feature_maps_are_divided_by_their_scale(variant, train):
+    large = [scale * f for scale, f in zip(SCALES, features())]
+    maps = scaled_mechanism(variant)(large, train=train)
+    np.testing.assert_allclose(maps, mechanism(variant)(features(), train=train), atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", SCALABLE)
+def test_a_folded_scale_gives_the_same_maps(variant):
+    attention = scaled_mechanism(variant)
+    large = [scale * f for scale, f in zip(SCALES, features())]
+    maps = attention(large)
+    attention.fold_feature_scale()
+    assert attention.feature_scale is None
+    np.testing.assert_allclose(attention(large), maps, atol=1e-5)
+    attention.fold_feature_scale()  # nothing is left to fold
+    np.testing.assert_allclose(attention(large), maps, atol=1e-5)
+
+
+def test_a_scale_that_cannot_be_folded_is_refused():
+    with pytest.raises(ValueError, match="--scale-features .* --variant sigmoid: only with ReLU"):
+        mechanism("sigmoid", scale_features=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ttame_jax.masking import upsample
@@ -132,10 +133,12 @@ class AttentionMechanism(nnx.Module):
       num_classes: number of classes of the backbone.
       variant: a name in ``VARIANTS``; the paper's proposed architecture by default.
       dtype: of the computation; parameters and class maps are float32.
+      scale_features: whether each feature map is divided by a number of its own, `feature_scale`,
+        which is 1 until it is set.
       rngs: for the initial parameters.
 
     Raises:
-      ValueError: unknown variant.
+      ValueError: unknown variant, or one whose weights could not take over the scale.
     """
 
     def __init__(
@@ -145,16 +148,24 @@ class AttentionMechanism(nnx.Module):
         *,
         variant: VariantName = "ttame",
         dtype: jnp.dtype = jnp.float32,
+        scale_features: bool = False,
         rngs: nnx.Rngs,
     ):
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant {variant!r}: use one of {', '.join(VARIANTS)}")
         self.variant = variant
         settings = VARIANTS[variant]
+        if scale_features and settings.activation != "relu":
+            raise ValueError(
+                f"--scale-features cannot be combined with --variant {variant}: only with ReLU can "
+                "the scale become part of the weights"
+            )
         self.first_layer = len(channels) - (settings.layers or len(channels))
         self.channels = tuple(channels[self.first_layer :])
         self.widths = (num_classes,) * len(self.channels) if settings.class_wide else self.channels
         self.dtype = dtype
+        count = len(self.channels)
+        self.feature_scale = nnx.BatchStat(jnp.ones(count)) if scale_features else None
         self.branches = nnx.List(
             [
                 FeatureBranch(channels, width, settings, dtype, rngs)
@@ -186,6 +197,9 @@ class AttentionMechanism(nnx.Module):
           ``[B, K, H_e, W_e]`` float32, with the spatial size of the largest feature map used.
         """
         maps = features[self.first_layer :]
+        if self.feature_scale is not None:
+            scales = self.feature_scale[...]
+            maps = [(m / scale).astype(m.dtype) for m, scale in zip(maps, scales)]
         size = (max(m.shape[1] for m in maps), max(m.shape[2] for m in maps))
         if self.branches:
             maps = [branch(m, train, axis_name) for branch, m in zip(self.branches, maps)]
@@ -206,6 +220,30 @@ class AttentionMechanism(nnx.Module):
             total = total + upsample(jnp.moveaxis(fused, -1, 1), size)
             start += width
         return total
+
+    def fold_feature_scale(self) -> None:
+        """Makes the feature scale part of the weights. The class maps remain the same.
+
+        A branch of L / s is the branch of L divided by s, if its BatchNorm has s times the scale
+        and bias: ReLU(x / s) = ReLU(x) / s.
+        """
+        if self.feature_scale is None:
+            return
+        factors = 1 / self.feature_scale[...]
+        of_fusion = []
+        for i, factor in enumerate(factors):
+            skips = True  # L-CAM-Img has no branches: the fusion reads L itself
+            if self.branches:
+                branch = self.branches[i]
+                skips = branch.settings.skip
+                branch.conv.kernel[...] *= factor
+                if skips:
+                    branch.norm.scale[...] /= factor
+                    branch.norm.bias[...] /= factor
+            of_fusion.append(factor if skips else jnp.ones(()))
+        rows = jnp.repeat(jnp.stack(of_fusion), np.array(self.widths))
+        self.fusion.kernel[...] *= rows[:, None]
+        self.feature_scale = None
 
     def start_from_head(self, class_weights: jax.Array) -> None:
         """Initialises the class maps to those of CAM, from the weights of the classifier's head.

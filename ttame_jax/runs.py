@@ -38,7 +38,7 @@ class Run:
     Attributes:
       config: the configuration.
       backbone: the frozen classifier.
-      attention: the trained attention mechanism.
+      attention: the trained attention mechanism. A scale of the feature maps is part of its weights.
       step: number of training steps of the checkpoint.
     """
 
@@ -72,7 +72,9 @@ def load_run(run_dir: str | Path, weights: str | None = None) -> Run:
         )
     backbone = build_backbone(config)
     attention = build_attention(config, backbone)
-    return Run(config, backbone, attention, load_attention(run_dir, attention))
+    step = load_attention(run_dir, attention)
+    attention.fold_feature_scale()
+    return Run(config, backbone, attention, step)
 
 
 def load_explainer(
@@ -172,6 +174,7 @@ def build_attention(config: TrainConfig, backbone: Backbone) -> AttentionMechani
         backbone.num_classes,
         variant=config.variant,
         dtype=jnp.dtype(config.precision),
+        scale_features=config.scale_features,
         rngs=nnx.Rngs(config.seed),
     )
     if config.start == "head":
@@ -218,7 +221,7 @@ def check_digest(folder: epath.Path, name: str, item: Any) -> None:
         raise Damaged(f"its {name} is not what was saved")
 
 
-ARCHITECTURE = ("backbone", "backbone_config", "variant")
+ARCHITECTURE = ("backbone", "backbone_config", "variant", "scale_features")
 """The settings of a run that must not change once it has a checkpoint."""
 
 

@@ -27,6 +27,7 @@ from ttame_jax.mesh import AXIS, check_batch_size, data_mesh, replicate
 from ttame_jax.runs import build_attention, build_backbone, load_config, load_inputs
 from ttame_jax.training.batch_size import largest_batch
 from ttame_jax.training.checkpoints import Checkpoints
+from ttame_jax.training.feature_scale import measure_feature_scale
 from ttame_jax.training.feed import Feed
 from ttame_jax.training.log import Log, Validation, say
 from ttame_jax.training.optimizer import OneCycle, one_cycle_sgd
@@ -133,6 +134,8 @@ class Trainer:
             state, position = checkpoints.restore(state)
             if position is not None:
                 batches.set_state(position)
+            elif config.scale_features:
+                state = self._scaled_state(plan)
             first, metrics = int(state.step), None
             if jax.process_index() == 0:
                 config.save(inputs=self.inputs)
@@ -206,6 +209,15 @@ class Trainer:
 
     def _initial_state(self, plan: Plan) -> TrainState:
         return replicate(initial_state(self.attention, plan.optimizer), self.mesh)
+
+    def _scaled_state(self, plan: Plan) -> TrainState:
+        """The initial state with the scale of the feature maps."""
+        with contextlib.closing(self._batches()) as batches:
+            scale = measure_feature_scale(self.backbone, self.mesh, batches, self.batch_size)
+        scales = jnp.asarray(scale[self.attention.first_layer :])
+        self.attention.feature_scale = nnx.BatchStat(scales)
+        say(f"root mean squares of the feature maps: {', '.join(f'{x:.3g}' for x in scale)}")
+        return self._initial_state(plan)
 
     def _compiled_step(self, batch_size: int) -> jax.stages.Compiled:
         """The compiled step for a batch size. JAX's cache keeps the program for training."""
