@@ -132,6 +132,7 @@ def estimate(program: Lowering, mesh: Mesh, precision: str) -> dict[str, Any]:
     return {
         "estimated_cycles": cycles,
         "cycles_by_kind": text.cycles,
+        "operations_without_estimate": text.unknown,
         "estimated_seconds": seconds,
         "flops_per_chip": flops,
         "share_of_peak": flops / seconds / peak if peak else None,

@@ -14,6 +14,8 @@ COLLECTIVES = (
     "collective-permute",
     "reduce-scatter",
 )
+UNKNOWN = str(2**63 - 1)
+"""The estimate of an operation that the compiler has no model for, as of SparseCores."""
 MOVES = ("copy", "reshape", "transpose", "slice", "concatenate", "copy-start", "copy-done")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}  # others have 4
 
@@ -46,7 +48,12 @@ class Instruction:
     def cycles(self) -> int:
         """The compiler's estimate for one execution; 0 if it gives none."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.line)
-        return int(found[1]) if found else 0
+        return 0 if found is None or found[1] == UNKNOWN else int(found[1])
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether the compiler says that it cannot estimate the cycles."""
+        return f'"estimated_cycles":"{UNKNOWN}"' in self.line
 
     @property
     def called(self) -> list[str]:
@@ -117,6 +124,11 @@ class Program:
             if instruction.cycles:
                 total[self.kind(instruction)] += times * instruction.cycles
         return dict(total)
+
+    @property
+    def unknown(self) -> int:
+        """Number of operations in one execution whose cycles the compiler cannot estimate."""
+        return sum(times for instruction, times in self.executed() if instruction.is_unknown)
 
     @property
     def collectives(self) -> dict[str, dict[str, int]]:

@@ -50,6 +50,12 @@ def test_cycles_are_added_by_kind_and_those_of_a_loop_at_every_turn():
     assert Program(PROGRAM).cycles == expected
 
 
+def test_operations_without_an_estimate_are_counted_apart():
+    text = PROGRAM.replace('"estimated_cycles":"7"', f'"estimated_cycles":"{2**63 - 1}"')
+    assert Program(text).cycles == {"matrix_products": 300, "copies": 0, "softmax": 20, "rest": 5}
+    assert (Program(text).unknown, Program(PROGRAM).unknown) == (3, 0)
+
+
 def test_a_loop_without_a_limit_is_an_error():
     with pytest.raises(ValueError, match="cannot tell how often a loop runs: %while"):
         list(Program(PROGRAM.replace("constant(3)", "parameter(0)")).executed())
