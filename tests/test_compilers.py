@@ -416,3 +416,18 @@ def test_the_latency_hiding_scheduler_is_enabled_on_several_gpus_unless_set_in_x
     jax.jit(lambda x: x, compiler_options={option: True})(1.0)  # the compiler knows it
     monkeypatch.setenv("XLA_FLAGS", f"--{option}=false")
     assert compiler_options(mesh_of("gpu", 2)) is None
+
+
+@pytest.mark.parametrize("channels", [1, 4])  # depthwise with a group per channel
+def test_a_convolution_whose_output_has_no_gradient_can_be_differentiated(channels):
+    @jax.custom_vjp
+    def without_gradient(x):
+        return x.sum()
+
+    without_gradient.defvjp(lambda x: (x.sum(), None), lambda _, gradient: (None,))
+    convolution = convolve if channels == 4 else depthwise_convolve
+    x, kernel = jnp.ones((1, 5, 5, 4)), jnp.ones((3, 3, channels, 4))
+    gradient = jax.grad(
+        lambda x: without_gradient(convolution(x, kernel, (1, 1), ((1, 1), (1, 1)))) + x.sum()
+    )(x)
+    np.testing.assert_array_equal(gradient, jnp.ones_like(x))

@@ -158,7 +158,7 @@ class AttentionMechanism(nnx.Module):
         if scale_features and settings.activation != "relu":
             raise ValueError(
                 f"--scale-features cannot be combined with --variant {variant}: only with ReLU can "
-                "the scale become part of the weights"
+                "the scale become part of the weights; choose other variants"
             )
         self.first_layer = len(channels) - (settings.layers or len(channels))
         self.channels = tuple(channels[self.first_layer :])
@@ -222,7 +222,7 @@ class AttentionMechanism(nnx.Module):
         return total
 
     def fold_feature_scale(self) -> None:
-        """Makes the feature scale part of the weights. The class maps remain the same.
+        """Makes the feature scale part of the weights. The class maps remain the same, up to rounding.
 
         A branch of L / s is the branch of L divided by s, if its BatchNorm has s times the scale
         and bias: ReLU(x / s) = ReLU(x) / s.

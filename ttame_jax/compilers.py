@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -138,6 +139,8 @@ def _trained(kernel):
 
 
 def _convolve_backward(strides, padding, residuals, gradient):
+    if isinstance(gradient, SymbolicZero):
+        return None, None
     x, kernel, trained = residuals
 
     def turned(gradient, x, kernel):
@@ -220,6 +223,8 @@ def _depthwise_forward(x, kernel, strides, padding):
 
 
 def _depthwise_backward(strides, padding, residuals, gradient):
+    if isinstance(gradient, SymbolicZero):
+        return None, None
     x, kernel, trained = residuals
 
     def shifted(gradient, x, kernel):
@@ -310,8 +315,8 @@ max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 @jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
     """The exact GELU, x times the standard normal distribution function, of any shape."""
-    # In half precision by the error function, computed in float32: its complement, as in
-    # `jax.nn.gelu`, takes twice as long on TPUs. In float32 it is three times as accurate.
+    # Half precision uses the error function, computed in float32: its complement, as in
+    # `jax.nn.gelu`, takes twice as long. Float32 uses the complement, which is three times as accurate.
     # The derivative is written out because JAX 0.12 fails to differentiate the error function inside
     # `jax.shard_map`. Remove when `jax.nn.gelu` is as fast, and no supported version of JAX fails.
     values = _at_least_float32(x)

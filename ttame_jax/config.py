@@ -91,7 +91,7 @@ class Model:
     that the first maps are the classifier's class activation maps (ResNet and SqueezeNet)."""
     scale_features: bool = False
     """Whether each feature map is divided by its root mean square, which is measured on the first
-    training images. For classifiers whose activations are far from 1."""
+    training images. For classifiers whose activations are much larger or smaller than 1."""
     masking: Masking | None = None
     """How a map masks an image: pixel |E*I|, standardised E*|I|; None is the backbone's default."""
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -1,12 +1,13 @@
 from functools import partial
 
 import pytest
+import torch
 import torch_cam_rows
+from PIL import Image
 from safetensors.torch import save_file
 
 from ttame_jax.convert.pytorch.torch_import import import_torchvision
 
-torch = pytest.importorskip("torch")
 torchcam = pytest.importorskip("torchcam")
 
 
@@ -39,7 +40,8 @@ def test_the_rows_are_those_of_torch_cam(pictures, tmp_path):
     source = torch_cam_rows.load_source(options.dataset, options.split)
     names = sorted((pictures / "validation").iterdir())
     chosen = torch_cam_rows.select(source, None, 8)
-    images = torch.stack([transform(_open(names[i])) for i in chosen]).requires_grad_()
+    pictures = [Image.open(names[i]).convert("RGB") for i in chosen]
+    images = torch.stack([transform(picture) for picture in pictures]).requires_grad_()
     for row in ours["rows"]:
         with getattr(torchcam.methods, row["method"])(model, ["layer4"]) as cam:
             metric = ClassificationMetric(cam, partial(torch.softmax, dim=-1))
@@ -47,9 +49,3 @@ def test_the_rows_are_those_of_torch_cam(pictures, tmp_path):
         theirs = metric.summary()
         assert row["AD"] == pytest.approx(100 * theirs["avg_drop"], abs=0.02)
         assert row["IC"] == 100 * theirs["conf_increase"]
-
-
-def _open(path):
-    from PIL import Image
-
-    return Image.open(path).convert("RGB")

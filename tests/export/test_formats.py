@@ -116,8 +116,9 @@ def test_gradients_are_part_of_a_stablehlo_program(name, method, make_explainer,
 
 
 def test_methods_that_cannot_be_exported_are_refused(make_explainer):
-    with pytest.raises(Failure, match="rise cannot be exported: .* the number of images"):
-        stablehlo(make_explainer("vit", "rise"))
+    for name in ("rise", "scorecam", "ablationcam"):
+        with pytest.raises(Failure, match=f"{name} cannot be exported: .* the number of images"):
+            stablehlo(make_explainer("vit", name))
     with pytest.raises(Failure, match="gradcam cannot be exported to ONNX: ONNX has no operation"):
         onnx_model(make_explainer("vit", "gradcam"))
     with pytest.raises(Failure, match="needs a float32 backbone, not bfloat16"):

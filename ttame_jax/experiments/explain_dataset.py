@@ -74,11 +74,6 @@ def explain_dataset(config: ExplainDatasetConfig) -> None:
       Failure: another process writes to the folder.
     """
     check_output_folder(config.output)
-    with locked(config.output):
-        _explain_dataset(config)
-
-
-def _explain_dataset(config: ExplainDatasetConfig) -> None:
     mesh = Mesh(np.array(jax.local_devices()), (AXIS,))
     if config.batch_size % mesh.size:
         raise ValueError(
@@ -88,10 +83,18 @@ def _explain_dataset(config: ExplainDatasetConfig) -> None:
     indices = select(source, config.list, config.limit)
     explainer = config.open()
     classes, likeliest = explainer.resolve(parse_classes(config.classes, explainer))
-    _settle(config, explainer, source, indices)
-    if is_slow(explainer.method):
-        _say(estimate(explainer.method, len(indices)))
     explain = _Program(explainer.method, classes, likeliest, mesh)
+    with locked(config.output):
+        _settle(config, explainer, source, indices)
+        if is_slow(explainer.method):
+            _say(estimate(explainer.method, len(indices)))
+        _write(config, source, indices, explain)
+
+
+def _write(
+    config: ExplainDatasetConfig, source: Source, indices: np.ndarray, explain: "_Program"
+) -> None:
+    """Explains the images of the files that are missing."""
     shards = _shards(config.output, indices, config.shard_size)
     mine = shards[jax.process_index() :: jax.process_count()]
     left = [(path, part) for path, part in mine if not path.exists()]

@@ -1,7 +1,5 @@
 """The scale of a classifier's feature maps, measured on the first batches of training images."""
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +17,7 @@ IMAGES = 64
 
 
 def measure_feature_scale(
-    backbone: Backbone, mesh: Mesh, batches: Batches, batch_size: int
+    backbone: Backbone, mesh: Mesh, batches: Batches, batch_size: int, first_layer: int = 0
 ) -> np.ndarray:
     """The root mean square of each feature map over images, positions and channels.
 
@@ -30,32 +28,32 @@ def measure_feature_scale(
       mesh: the mesh over which the images are sharded.
       batches: this process's part of each global batch.
       batch_size: images in a global batch.
+      first_layer: index of the first feature map to measure.
 
     Returns:
-      float32 ``[n]``, one value per feature map, earliest first.
+      float32 ``[n - first_layer]``, one value per feature map, earliest first.
 
     Raises:
-      ValueError: a feature map is 0 everywhere.
+      ValueError: a feature map is 0 everywhere or not finite.
     """
     graph, state = nnx.split(backbone)
 
     def local(state, images):
         classify = nnx.merge(graph, state)
         _, features = classify(classify.preprocessing.standardise(to_float(images)))
-        squares = [jnp.square(x.astype(jnp.float32)).mean() for x in features]
+        squares = [jnp.square(x.astype(jnp.float32)).mean() for x in features[first_layer:]]
         return jax.lax.pmean(jnp.stack(squares), AXIS)
 
     mean_squares = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P()))
     state = replicate(state, mesh)
-
-    def of_batches() -> Iterator[np.ndarray]:
-        for _ in range(-(-IMAGES // batch_size)):
-            yield np.asarray(mean_squares(state, shard_batch(next(batches)["image"], mesh)))
-
-    scale = np.sqrt(np.mean(list(of_batches()), axis=0))
-    if not scale.all():
+    measured = [
+        np.asarray(mean_squares(state, shard_batch(next(batches)["image"], mesh)))
+        for _ in range(-(-IMAGES // batch_size))
+    ]
+    scale = np.sqrt(np.mean(measured, axis=0))
+    if not (np.isfinite(scale) & (scale > 0)).all():
         raise ValueError(
-            f"--scale-features cannot scale a feature map that is 0 everywhere: those of "
+            f"--scale-features needs feature maps that are finite and not 0 everywhere: those of "
             f"{backbone.name} have root mean squares of {', '.join(f'{x:.3g}' for x in scale)}"
         )
     return scale

@@ -213,9 +213,10 @@ class Trainer:
     def _scaled_state(self, plan: Plan) -> TrainState:
         """The initial state with the scale of the feature maps."""
         with contextlib.closing(self._batches()) as batches:
-            scale = measure_feature_scale(self.backbone, self.mesh, batches, self.batch_size)
-        scales = jnp.asarray(scale[self.attention.first_layer :])
-        self.attention.feature_scale = nnx.BatchStat(scales)
+            scale = measure_feature_scale(
+                self.backbone, self.mesh, batches, self.batch_size, self.attention.first_layer
+            )
+        self.attention.feature_scale = nnx.BatchStat(jnp.asarray(scale))
         say(f"root mean squares of the feature maps: {', '.join(f'{x:.3g}' for x in scale)}")
         return self._initial_state(plan)
 

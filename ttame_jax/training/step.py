@@ -26,7 +26,7 @@ class TrainState:
 
     step: jax.Array  # int32, the number of finished steps
     params: nnx.State  # of the attention mechanism
-    batch_stats: nnx.State  # its BatchNorms' running statistics
+    batch_stats: nnx.State  # its BatchNorms' running statistics, and the scale of its feature maps
     opt_state: optax.OptState
 
 
