@@ -7,6 +7,7 @@ paper's: the maps are computed from the gradients of probabilities, not of logit
 their maximum plus 1e-8, and masked pixels have the mean colour.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import common  # before JAX
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from ttame_jax.backbones import Backbone
 from ttame_jax.data import load_source, select
 from ttame_jax.methods.cam import CAM
 from ttame_jax.metrics import Evaluator
@@ -28,8 +30,20 @@ PUBLISHED = {
 """The README of torch-cam 0.5, in %."""
 
 
-class ProbabilityCAM(CAM):
+def gradcam_weights(gradients: jax.Array) -> jax.Array:
+    return gradients.mean((2, 3), keepdims=True)
+
+
+METHODS = {"GradCAM": gradcam_weights, "LayerCAM": jax.nn.relu}
+"""The weights of activations ``[B, h, w, C]`` from their gradients ``[B, K, h, w, C]``."""
+
+
+class TorchCAM(CAM):
     """A CAM method with torch-cam's gradients and scaling."""
+
+    def __init__(self, backbone: Backbone, weights: Callable[[jax.Array], jax.Array]):
+        super().__init__(backbone)
+        self.weights = weights
 
     def split(self):
         before, after = super().split()
@@ -46,23 +60,6 @@ class ProbabilityCAM(CAM):
         maps -= maps.min((-2, -1), keepdims=True)
         # The gradients of a probability close to 1 vanish, and the map is then close to 0.
         return maps / (maps.max((-2, -1), keepdims=True) + 1e-8)
-
-    def weights(self, gradients: jax.Array) -> jax.Array:
-        """Gradients ``[B, K, h, w, C]`` -> weights that broadcast to them."""
-        raise NotImplementedError
-
-
-class GradCAM(ProbabilityCAM):
-    def weights(self, gradients):
-        return gradients.mean((2, 3), keepdims=True)
-
-
-class LayerCAM(ProbabilityCAM):
-    def weights(self, gradients):
-        return jax.nn.relu(gradients)
-
-
-METHODS = {"GradCAM": GradCAM, "LayerCAM": LayerCAM}
 
 
 @dataclass(frozen=True)
@@ -91,9 +88,9 @@ def run(options: Options) -> dict:
     rows = []
     for name in options.backbones:
         backbone = load_backbone(name, options.weights)
-        for method, cam in METHODS.items():
+        for method, weights in METHODS.items():
             evaluator = Evaluator(
-                cam(backbone),
+                TorchCAM(backbone, weights),
                 source,
                 masking="standardised",
                 indices=indices,

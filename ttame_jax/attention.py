@@ -224,25 +224,20 @@ class AttentionMechanism(nnx.Module):
     def fold_feature_scale(self) -> None:
         """Makes the feature scale part of the weights. The class maps remain the same, up to rounding.
 
-        A branch of L / s is the branch of L divided by s, if its BatchNorm has s times the scale
-        and bias: ReLU(x / s) = ReLU(x) / s.
+        The convolution of a branch takes the scale s over. With a skip connection the branch is
+        divided by s in the fusion instead, and its BatchNorm has s times the scale and bias:
+        ReLU(x / s) = ReLU(x) / s.
         """
         if self.feature_scale is None:
             return
-        factors = 1 / self.feature_scale[...]
-        of_fusion = []
-        for i, factor in enumerate(factors):
-            skips = True  # L-CAM-Img has no branches: the fusion reads L itself
-            if self.branches:
-                branch = self.branches[i]
-                skips = branch.settings.skip
-                branch.conv.kernel[...] *= factor
-                if skips:
-                    branch.norm.scale[...] /= factor
-                    branch.norm.bias[...] /= factor
-            of_fusion.append(factor if skips else jnp.ones(()))
-        rows = jnp.repeat(jnp.stack(of_fusion), np.array(self.widths))
-        self.fusion.kernel[...] *= rows[:, None]
+        skip, scales = VARIANTS[self.variant].skip, self.feature_scale[...]
+        for branch, scale in zip(self.branches, scales):
+            branch.conv.kernel[...] /= scale
+            if skip:
+                branch.norm.scale[...] *= scale
+                branch.norm.bias[...] *= scale
+        if skip:
+            self.fusion.kernel[...] /= jnp.repeat(scales, np.array(self.widths))[:, None]
         self.feature_scale = None
 
     def start_from_head(self, class_weights: jax.Array) -> None:

@@ -8,6 +8,7 @@ from tiny import TINY
 from ttame_jax import Explainer, load_backbone, load_method, save_backbone
 from ttame_jax.cli import main
 from ttame_jax.data import evaluation_batches, load_source
+from ttame_jax.files import locked
 from ttame_jax.preprocessing import to_float
 
 COUNT = 19
@@ -109,3 +110,10 @@ def test_an_unreadable_image_is_left_out(command, monkeypatch, pictures):
         folder = command()
     table = pq.read_table(folder)
     assert len(table) == COUNT - 1 and 0 not in table["index"].to_pylist()
+
+
+def test_a_folder_is_written_by_one_command_at_a_time(command, tmp_path, capsys):
+    with locked(tmp_path / "maps"), pytest.raises(SystemExit):
+        command()
+    assert "another process is writing to" in capsys.readouterr().err
+    assert not list((tmp_path / "maps").glob("*.parquet"))

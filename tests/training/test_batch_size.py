@@ -19,7 +19,7 @@ from ttame_jax.losses import LossConfig
 from ttame_jax.mesh import AXIS, data_mesh
 from ttame_jax.runs import load_config
 from ttame_jax.training import batch_size
-from ttame_jax.training.batch_size import largest_batch, usable_memory
+from ttame_jax.training.batch_size import largest_batch, largest_fitting, usable_memory
 from ttame_jax.training.loop import Trainer
 
 FLOATS = 1000  # of an image in the programs below
@@ -67,10 +67,24 @@ def test_the_largest_batch_that_fits_is_taken(memory, images, expected, monkeypa
 
 
 def test_only_what_may_fit_is_compiled(monkeypatch):
-    give(monkeypatch, 256 * BYTES)
+    give(monkeypatch, 512 * BYTES)
     compile_step = compiler(lambda x: x + 1)
-    largest_batch(compile_step, 5000)
-    assert sorted(compile_step.sizes) == [32, 64, 256]
+    assert largest_batch(compile_step, 5000) == 512
+    assert sorted(compile_step.sizes) == [128, 256, 512]
+
+
+@pytest.mark.parametrize("images", [8, 17, 100])
+def test_no_step_of_more_images_than_there_are_is_compiled(images, monkeypatch):
+    give(monkeypatch, 1e12)
+    compile_step = compiler(lambda x: x + 1)
+    assert largest_batch(compile_step, images) == max(compile_step.sizes) <= images
+
+
+def test_memory_below_a_full_group_does_not_count(monkeypatch):
+    """As of a ViT on TPUs: activations of up to 16 images per device, and little for each image."""
+    sizes = [8 << k for k in range(8)]
+    share = lambda size: (1000 * min(size // 8, 16) + size // 8) / 20_000
+    assert largest_fitting(share, 8, sizes) == (1024, share(1024))
 
 
 def test_a_batch_that_needs_more_than_estimated_is_not_taken(monkeypatch):

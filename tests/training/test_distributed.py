@@ -43,9 +43,13 @@ FIELDS = {"epochs": 1, "batch_size": 8, "checkpoint_every": 10}
 
 
 def train_here(dataset, output):
-    """What `train_command` with `FIELDS` starts, on the 8 devices of this process."""
+    """What `command` starts, on the 8 devices of this process."""
     fields = {"learning_rate": 0.01, "validation_images": 0, "log_every": 1, "synchronise": True}
-    train(training(dataset, output, **fields, **FIELDS))
+    train(training(dataset, output, scale_features=True, **fields, **FIELDS))
+
+
+def command(dataset, output):
+    return [*train_command(dataset, output, **FIELDS), "--scale-features"]
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +76,13 @@ def saved(output):
 
 def start_two(launcher, dataset, output):
     """Two processes with two devices each."""
-    command = train_command(dataset, output, **FIELDS)
-    return [launcher.start([*command, *flags], devices=2) for flags in fellows(2)]
+    return [launcher.start([*command(dataset, output), *flags], devices=2) for flags in fellows(2)]
 
 
 @pytest.mark.slow
 def test_synchronised_runs_on_1_and_8_devices_are_the_same(whole, dataset, tmp_path, launcher):
     output = tmp_path / "run"
-    launcher.finish(launcher.start(train_command(dataset, output, **FIELDS), devices=1))
+    launcher.finish(launcher.start(command(dataset, output), devices=1))
     assert steps(output) == list(range(1, 41))
     assert_same_parameters(whole, output)
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ttame_jax.data import load_source
 from ttame_jax.data.loader import train_batches
 from ttame_jax.experiments.train import train
-from ttame_jax.mesh import AXIS
+from ttame_jax.mesh import AXIS, replicate
 from ttame_jax.preprocessing import to_float
 from ttame_jax.runs import build_attention, build_backbone, load_attention, load_run
 from ttame_jax.training import loop
@@ -41,7 +41,9 @@ def batches(config):
 def measured(config, backbone, devices):
     mesh = Mesh(np.array(jax.devices()[:devices]), (AXIS,))
     with batches(config) as images:
-        return measure_feature_scale(backbone, mesh, images, 16)
+        return measure_feature_scale(
+            backbone, replicate(nnx.state(backbone), mesh), mesh, images, 16
+        )
 
 
 def test_the_scale_is_the_root_mean_square_over_64_training_images(config):

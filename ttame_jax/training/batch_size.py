@@ -18,7 +18,10 @@ DEVICE_SHARE = (
     0.9  # of an accelerator's memory; the rest is for prefetched images and fragmentation
 )
 HOST_SHARE = 0.5  # of the machine's memory, if its CPU is the device
-PROBES = (4, 8)  # images per device in the two steps from which larger ones are estimated
+PROBED = 32
+"""Images per device in the larger of the two steps from which the memory of others is estimated. The
+smaller has half of them, which is what a TPU processes at a time (`Backbone.tpu_pixels`): below that,
+memory grows much faster."""
 
 
 def largest_batch(compile_step: Callable[[int], jax.stages.Compiled], images: int) -> int:
@@ -76,8 +79,9 @@ def largest_fitting(
       The batch and its share; None and the share of the smallest batch if none fits.
     """
     share = functools.cache(share)
-    small, larger = (devices * count for count in PROBES)
-    slope = (share(larger) - share(small)) / (larger - small)
+    # The last two of the probed sizes; the smallest one twice if there is no other.
+    *_, small, larger = [sizes[0], *(size for size in sizes if size <= devices * PROBED)]
+    slope = (share(larger) - share(small)) / max(larger - small, 1)
     for size in reversed(sizes):
         estimate = share(larger) + slope * (size - larger)
         if (size <= larger or estimate <= 1) and share(size) <= 1:

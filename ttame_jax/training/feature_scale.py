@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from ttame_jax.backbones import Backbone
 from ttame_jax.data.loader import Batches
-from ttame_jax.mesh import AXIS, replicate, shard_batch
+from ttame_jax.mesh import AXIS, shard_batch
 from ttame_jax.preprocessing import to_float
 
 IMAGES = 64
@@ -17,7 +17,12 @@ IMAGES = 64
 
 
 def measure_feature_scale(
-    backbone: Backbone, mesh: Mesh, batches: Batches, batch_size: int, first_layer: int = 0
+    backbone: Backbone,
+    state: nnx.State,
+    mesh: Mesh,
+    batches: Batches,
+    batch_size: int,
+    first_layer: int = 0,
 ) -> np.ndarray:
     """The root mean square of each feature map over images, positions and channels.
 
@@ -25,6 +30,7 @@ def measure_feature_scale(
 
     Args:
       backbone: the classifier.
+      state: its arrays, replicated over the mesh.
       mesh: the mesh over which the images are sharded.
       batches: this process's part of each global batch.
       batch_size: images in a global batch.
@@ -36,7 +42,7 @@ def measure_feature_scale(
     Raises:
       ValueError: a feature map is 0 everywhere or not finite.
     """
-    graph, state = nnx.split(backbone)
+    graph = nnx.graphdef(backbone)
 
     def local(state, images):
         classify = nnx.merge(graph, state)
@@ -45,7 +51,6 @@ def measure_feature_scale(
         return jax.lax.pmean(jnp.stack(squares), AXIS)
 
     mean_squares = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P()))
-    state = replicate(state, mesh)
     measured = [
         np.asarray(mean_squares(state, shard_batch(next(batches)["image"], mesh)))
         for _ in range(-(-IMAGES // batch_size))

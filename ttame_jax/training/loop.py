@@ -214,7 +214,12 @@ class Trainer:
         """The initial state with the scale of the feature maps."""
         with contextlib.closing(self._batches()) as batches:
             scale = measure_feature_scale(
-                self.backbone, self.mesh, batches, self.batch_size, self.attention.first_layer
+                self.backbone,
+                self.backbone_state,
+                self.mesh,
+                batches,
+                self.batch_size,
+                self.attention.first_layer,
             )
         self.attention.feature_scale = nnx.BatchStat(jnp.asarray(scale))
         say(f"root mean squares of the feature maps: {', '.join(f'{x:.3g}' for x in scale)}")
