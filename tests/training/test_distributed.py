@@ -136,7 +136,7 @@ def test_a_run_of_8_devices_resumes_on_4(whole, dataset, tmp_path, launcher):
     train_here(dataset, output)
     thread.join()
     assert saved(output) < 40
-    launcher.finish(launcher.start(train_command(dataset, output, **FIELDS), devices=4))
+    launcher.finish(launcher.start(command(dataset, output), devices=4))
     assert steps(output) == list(range(1, 41))
     assert_same_parameters(whole, output)
 
