@@ -52,9 +52,13 @@ def place(run, pictures, tmp_path_factory):
     config = (folder / "run" / "config.json").read_text()
     (folder / "bare").mkdir()
     (folder / "bare" / "config.json").write_text(config)
-    shutil.copytree(run, folder / "edited")
-    edited = config.replace('"variant": "ttame"', '"variant": "no_skip"')
-    (folder / "edited" / "config.json").write_text(edited)
+    for name, old, new in (
+        ("edited", '"variant": "ttame"', '"variant": "no_skip"'),
+        ("scaled", '"scale_features": false', '"scale_features": true'),
+    ):
+        shutil.copytree(run, folder / name)
+        assert old in config
+        (folder / name / "config.json").write_text(config.replace(old, new))
     return folder
 
 
@@ -108,6 +112,7 @@ CONVERT = "convert backbone vit --weights {}/"
         ("explain {}/image.png --run {}/lacking --output {}/out", 1, "backbone"),
         ("explain {}/image.png --run {}/wrong --output {}/out", 1, "wrong/config.json is damaged"),
         ("explain {}/image.png --run {}/edited --output {}/out", 1, "has variant no_skip, but"),
+        ("evaluate --run {}/scaled --output {}/out.json", 1, "has scale_features True, but"),
         ("evaluate --run {}/edited --output {}/out.json", 1, "restore the file"),
         ("evaluate --run {}/bare --output {}/out.json", 1, "bare has no checkpoint yet"),
         ("evaluate --run {}/nowhere --output {}/out.json", 1, "nowhere is not a run"),

@@ -1,6 +1,7 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 from tiny import TINY
@@ -16,6 +17,7 @@ from ttame_jax.experiments.ablate import (
     Result,
     _axes,
     comma_separated,
+    differences,
     draw,
     latex,
     markdown,
@@ -65,7 +67,7 @@ def test_tables_and_a_plot_show_every_run(finished):
     results = read(finished)
     lines = (finished / "ablation.md").read_text().splitlines()
     head = "| masking | evaluation masking | runs | AD↓(100%) | IC↑(100%) | AD↓(50%) "
-    assert lines[0].startswith(head) and len(lines) == 2 + len(results)
+    assert lines[0].startswith(head) and lines[2 + len(results)] == ""
     value = results[0]["runs"][0]["AD"]["100"]
     assert lines[2].startswith("| pixel | pixel | 1 | ") and f"{value:.2f}" in lines[2]
     rows = list(csv.DictReader((finished / "ablation.csv").open()))
@@ -74,6 +76,29 @@ def test_tables_and_a_plot_show_every_run(finished):
     assert r"AD$\downarrow$(100\%)" in (finished / "ablation.tex").read_text()
     with Image.open(finished / "ablation.png") as picture:
         assert picture.width > picture.height
+
+
+def test_differences_are_those_of_the_same_images_and_evaluation(finished):
+    text = (finished / "ablation.md").read_text().split("Differences from the first setting:")[1]
+    lines = [line.split(" | ") for line in text.strip().splitlines()]
+    assert [line[:2] for line in lines[2:]] == [
+        ["| standardised", "pixel"],
+        ["| standardised", "standardised"],
+    ]
+    own, first = (one["runs"][0] for one in (read(finished)[3], read(finished)[1]))
+    assert lines[3][2].strip("*").startswith(f"{own['AD']['100'] - first['AD']['100']:+.1f} [")
+    # The interval of the difference on each resampling, not of two independent ones.
+    rows = [
+        dict(np.load(finished / f"masking_{name}" / "seed_0" / "evaluation_pixel.npz"))
+        for name in ("pixel", "standardised")
+    ]
+    drops = [100 * np.maximum(0, 1 - x["masked"][:, 0] / x["confidence"]) for x in rows]
+    rng, means = np.random.default_rng(0), []
+    for _ in range(1000):
+        chosen = rng.integers(16, size=16)
+        means.append((drops[1] - drops[0])[chosen].mean())
+    low, high = np.percentile(means, [2.5, 97.5])
+    assert f"[{low:.1f}, {high:.1f}]" in lines[2][2]
 
 
 def test_what_is_finished_is_neither_trained_nor_evaluated_again(finished, pictures, monkeypatch):
@@ -161,6 +186,35 @@ def test_runs_that_diverged_are_named_below_the_table():
     assert r"\textbf{22.00 $\pm$ 2.83}" in latex(results[:2])
     assert comma_separated(results[:2]).splitlines()[2].startswith("2,0,20.000,20.000,")
     draw(results[:2])
+
+
+def changed(drops, spread=1.0):
+    """The replicates of `figures`, of three resamplings."""
+    by_seed = {}
+    for seed, drop in drops.items():
+        values = drop + spread * np.arange(3)
+        by_seed[seed] = {
+            key: {"100": values, "50": 50 + values * 0, "15": 80 + values * 0}
+            for key in ("AD", "IC")
+        }
+    return by_seed
+
+
+def test_differences_are_means_over_the_seeds_of_both_settings():
+    drops = [{0: 30.0, 1: 20.0}, {0: 33.0, 1: 25.0, 2: 99.0}, {2: 1.0}]
+    results = [
+        Result(
+            {"rate": str(i)}, {seed: figures(x) for seed, x in of.items()}, [], changed(of, 1 + i)
+        )
+        for i, of in enumerate(drops)
+    ]
+    lines = differences(results).splitlines()
+    assert lines[0].startswith("| rate | AD↓(100%) | IC↑(100%) | AD↓(50%) |")
+    # Replicates differ by 3, 4, 5 and 5, 6, 7. The third setting shares no seed with the first.
+    assert lines[2].startswith("| 1 | **+4.0 [4.0, 6.0]** |") and lines[2].endswith(
+        "+0.0 [0.0, 0.0] |"
+    )
+    assert len(lines) == 3 and differences(results[:1]) == ""
 
 
 def test_one_run_that_diverges_does_not_stop_the_others(pictures, tmp_path, monkeypatch, finished):

@@ -87,6 +87,8 @@ def test_a_resumed_run_keeps_its_scale(config, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(loop, "preemption", lambda: nullcontext(lambda step: step == 2))
         assert not train(config)
+        with pytest.raises(ValueError, match="--scale-features was True"):
+            train(dataclasses.replace(config, scale_features=False))
         patch.setattr(loop, "measure_feature_scale", None)  # not called again
         patch.setattr(loop, "preemption", lambda: nullcontext(lambda step: False))
         assert train(config)

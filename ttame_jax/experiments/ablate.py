@@ -20,17 +20,20 @@ from ttame_jax.experiments.evaluate import (
     EvaluationSetup,
     MetricNames,
     known_figures,
+    read_rows,
 )
 from ttame_jax.experiments.sweep import Axis, Setting, Trial, field_axis, grid, train_each
 from ttame_jax.files import check_output_folder, locked, to_json, write_atomically
 from ttame_jax.losses import RECIPES
 from ttame_jax.methods import load_method
+from ttame_jax.metrics import interval, replicates, summarise
 from ttame_jax.plots import COLOURS, save_figure
 from ttame_jax.preprocessing import Masking
 from ttame_jax.runs import Run, load_run
 from ttame_jax.weights import abstract_backbone, module_files
 
 SEED = "seed"
+EVALUATION_MASKING = "evaluation_masking"
 FACTORS = (0.5, 2)
 """What `--over loss` multiplies each weight of the loss with, one at a time."""
 
@@ -97,19 +100,19 @@ def ablate(config: TrainConfig, ablation: Ablation) -> list["Result"]:
             labels = {name: label for name, label in trial.labels.items() if name != SEED}
             run = _load(trial) if outcome == "finished" else None
             for masking in maskings:
-                shown = labels | ({"evaluation_masking": masking} if masking else {})
+                shown = labels | ({EVALUATION_MASKING: masking} if masking else {})
                 result = results.setdefault(tuple(shown.values()), Result(shown))
                 if run is None:
                     result.diverged.append(trial.run.seed)
-                elif figures := _evaluate(run, ablation, masking):
-                    result.figures[trial.run.seed] = figures
+                elif evaluated := _evaluate(run, ablation, masking):
+                    result.figures[trial.run.seed], result.replicates[trial.run.seed] = evaluated
             if jax.process_index() == 0:
                 _write([*results.values()], config.output)
         else:
             if all(result.diverged and not result.figures for result in results.values()):
                 raise Failure("every run diverged: try a lower --learning-rate")
             if jax.process_index() == 0:
-                print(markdown([*results.values()]))
+                print((config.output / "ablation.md").read_text())
     return [*results.values()]
 
 
@@ -121,11 +124,13 @@ class Result:
       labels: the setting, by name of the axis.
       figures: of its runs, by seed.
       diverged: seeds of the runs that diverged.
+      replicates: the figures of resampled images, by seed.
     """
 
     labels: Mapping[str, str]
     figures: dict[int, dict] = dataclasses.field(default_factory=dict)
     diverged: list[int] = dataclasses.field(default_factory=list)
+    replicates: dict[int, dict] = dataclasses.field(default_factory=dict)
 
     def mean(self) -> dict[str, Any]:
         """The means over the runs, with intervals of one standard deviation, as a method's figures.
@@ -140,6 +145,25 @@ class Result:
         spread = jax.tree.map(lambda *values: float(np.std(values, ddof=1)), *measured)
         intervals = jax.tree.map(lambda m, s: [m - s, m + s], mean, spread)
         return runs[0] | mean | {"intervals": intervals}
+
+    def difference(self, other: "Result") -> dict[str, Any] | None:
+        """This setting minus another, as a method's figures: means over the seeds of both.
+
+        The intervals are those of a paired bootstrap over the images. None if no seed is in both.
+        """
+        seeds = sorted(self.figures.keys() & other.figures.keys())
+        if not seeds:
+            return None
+
+        def minus(own: Mapping[int, dict], others: Mapping[int, dict]) -> dict[str, Any]:
+            keys = own[seeds[0]].keys() & self.replicates[seeds[0]].keys()
+            pairs = [[{k: x[seed][k] for k in keys} for x in (own, others)] for seed in seeds]
+            changes = [jax.tree.map(np.subtract, *pair) for pair in pairs]
+            return jax.tree.map(lambda *values: np.mean(values, axis=0), *changes)
+
+        intervals = jax.tree.map(interval, minus(self.replicates, other.replicates))
+        change = minus(self.figures, other.figures)
+        return self.figures[seeds[0]] | change | {"intervals": intervals}
 
 
 def _check(ablation: Ablation) -> None:
@@ -162,7 +186,7 @@ def _axes(config: TrainConfig, ablation: Ablation) -> tuple[list[Axis], list[Mas
         field = name.replace("-", "_")
         if field == "loss" and not words:
             axes.append(_loss_axis(config))
-        elif field == "evaluation_masking":
+        elif field == EVALUATION_MASKING:
             axis = field_axis(name, words)
             maskings = [setting.values[field] for setting in axis.settings]
         else:
@@ -211,17 +235,24 @@ def _load(trial: Trial) -> Run:
     return load_run(trial.run.output, code)
 
 
-def _evaluate(run: Run, ablation: Ablation, masking: Masking | None) -> dict:
-    """The figures of a run, from its file if that has the same settings."""
+def _evaluate(
+    run: Run, ablation: Ablation, masking: Masking | None
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The figures of a run, from its file if that has the same settings, and their replicates.
+
+    None in processes other than the first.
+    """
     options = ablation.options(masking=masking, batch_size=run.config.batch_size)
     setup = EvaluationSetup(options, run)
     path = run.config.output / f"evaluation_{setup.masking}.json"
     settings = dataclasses.asdict(options) | {"inputs": setup.inputs_of(run.attention)}
     settings = json.loads(to_json(settings))
-    if figures := known_figures(path, settings):
-        return figures
-    method = load_method(run.config.variant, run.backbone, run.attention)
-    return setup.evaluate(method, path, settings)
+    if not (figures := known_figures(path, settings)):
+        method = load_method(run.config.variant, run.backbone, run.attention)
+        figures = setup.evaluate(method, path, settings)
+    if not figures:
+        return None
+    return figures, replicates(read_rows(path), lambda rows: summarise(rows, ablation.measures))
 
 
 def _write(results: Sequence[Result], output: Path) -> None:
@@ -239,7 +270,10 @@ def _write(results: Sequence[Result], output: Path) -> None:
         return
     write_atomically(output / "ablation.csv", comma_separated(measured))
     write_atomically(output / "ablation.tex", latex(measured))
-    write_atomically(output / "ablation.md", markdown(results))
+    text = markdown(results)
+    if changes := differences(measured):
+        text += f"\nDifferences from the first setting:\n\n{changes}"
+    write_atomically(output / "ablation.md", text)
     figure = draw(measured)
     for suffix in ("png", "svg"):
         save_figure(figure, output / f"ablation.{suffix}")
@@ -282,6 +316,32 @@ def markdown(results: Sequence[Result]) -> str:
         for seed in result.diverged
     ]
     return tables.markdown_table([head, ["---"] * len(head), *body]) + "".join(lost)
+
+
+def differences(results: Sequence[Result]) -> str:
+    """A line for each setting with its differences from the first, in percent points.
+
+    Brackets are 95 % intervals of a paired bootstrap over the images. Differences whose interval does
+    not contain 0 are bold. Settings that are evaluated with several maskings are compared with the
+    first of the same masking. Empty if there is nothing to compare.
+    """
+    head, lines = [], []
+    for result in results:
+        masking = result.labels.get(EVALUATION_MASKING)
+        first = next(x for x in results if x.labels.get(EVALUATION_MASKING) == masking)
+        if result is not first and (difference := result.difference(first)):
+            rows = _rows([difference])
+            head = [*map(_title, result.labels), *(row.title for row in rows)]
+            lines.append([*result.labels.values(), *map(_change, rows)])
+    if not lines:
+        return ""
+    return tables.markdown_table([head, ["---"] * len(head), *lines])
+
+
+def _change(row: tables.Row) -> str:
+    (value,), ((low, high),) = row.values, row.intervals
+    text = f"{value:+.1f} [{low:.1f}, {high:.1f}]"
+    return text if low <= 0 <= high else f"**{text}**"
 
 
 def latex(results: Sequence[Result]) -> str:
