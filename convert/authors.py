@@ -20,7 +20,7 @@ from ttame_jax.backbones.tensors import LINEAR_AS_CONV, Table, batch_norm, weigh
 from ttame_jax.checks import accepts
 from ttame_jax.config import TrainConfig
 from ttame_jax.files import Tensors, new_folder, read_safetensors
-from ttame_jax.losses import LossConfig
+from ttame_jax.losses import RECIPES, LossConfig
 from ttame_jax.preprocessing import Masking
 from ttame_jax.runs import build_attention, save_attention
 from ttame_jax.weights import abstract_backbone, save_backbone
@@ -248,6 +248,8 @@ def obstacle(config: TrainConfig, backbone: Backbone) -> str | None:
         return f"of the {family.backbone.__name__}s it has only {known}, not {model}"
     if config.variant not in VERSIONS_BY_VARIANT:
         return f"it has no variant {config.variant}"
+    if RECIPES[config.loss.recipe].scaled:
+        return "it scales maps without a sigmoid, and so not as the recipe scaled trains them"
     if backbone.num_classes != 1000 or backbone.preprocessing.image_size != 224:
         return "it takes 1000 classes and 224x224 pixels"
     return None

@@ -111,6 +111,7 @@ def explainer_config(
             "activation": settings.activation,
             "branches": settings.branches,
         },
+        "sigmoid_maps": attention.sigmoid_maps,
     }
 
 

@@ -61,6 +61,7 @@ class Explainer(nn.Module):
         super().__init__()
         self.backbone = create_backbone(config)
         self.attention = Attention(**config["attention"])
+        self.sigmoid_maps = config["sigmoid_maps"]
         # The attention reads the last feature maps of the classifier, usually all three.
         self.nodes = config["nodes"][-len(config["attention"]["channels"]) :]
         self.channels_last = config["channels_last"]
@@ -75,6 +76,8 @@ class Explainer(nn.Module):
         if classes is None:
             classes = logits.argmax(dim=1, keepdim=True)
         class_maps = self.attention(features)
+        if self.sigmoid_maps:
+            class_maps = class_maps.sigmoid()
         indices = classes[:, :, None, None].expand(-1, -1, *class_maps.shape[2:])
         return logits, min_max_scale(class_maps.gather(1, indices))
 

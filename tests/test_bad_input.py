@@ -55,6 +55,7 @@ def place(run, pictures, tmp_path_factory):
     for name, old, new in (
         ("edited", '"variant": "ttame"', '"variant": "no_skip"'),
         ("scaled", '"scale_features": false', '"scale_features": true'),
+        ("recipe", '"recipe": "paper"', '"recipe": "scaled"'),
     ):
         shutil.copytree(run, folder / name)
         assert old in config
@@ -113,6 +114,7 @@ CONVERT = "convert backbone vit --weights {}/"
         ("explain {}/image.png --run {}/wrong --output {}/out", 1, "wrong/config.json is damaged"),
         ("explain {}/image.png --run {}/edited --output {}/out", 1, "has variant no_skip, but"),
         ("evaluate --run {}/scaled --output {}/out.json", 1, "has scale_features True, but"),
+        ("evaluate --run {}/recipe --output {}/out.json", 1, "has loss.recipe scaled, but"),
         ("evaluate --run {}/edited --output {}/out.json", 1, "restore the file"),
         ("evaluate --run {}/bare --output {}/out.json", 1, "bare has no checkpoint yet"),
         ("evaluate --run {}/nowhere --output {}/out.json", 1, "nowhere is not a run"),

@@ -61,9 +61,14 @@ def test_classes_are_given_by_name(explainer):
         Explainer(explainer.method, ["cat", "dog"])
 
 
-def test_maps_are_scaled_before_the_sigmoid(explainer):
+@pytest.mark.parametrize("sigmoid_maps", [False, True])
+def test_maps_are_scaled_before_the_sigmoid_unless_they_were_trained_behind_it(
+    sigmoid_maps, explainer
+):
+    attention = AttentionMechanism([32] * 3, 5, sigmoid_maps=sigmoid_maps, rngs=nnx.Rngs(0))
+    explainer = Explainer(TTAME(explainer.backbone, attention))
     _, features = explainer.backbone(explainer.backbone.preprocessing.standardise(IMAGES))
-    class_maps = explainer.method.attention(features)
+    class_maps = 1 / (1 + jnp.exp(-attention(features))) if sigmoid_maps else attention(features)
     low, high = (f(class_maps, (2, 3), keepdims=True) for f in (jnp.min, jnp.max))
     expected = (class_maps - low) / (high - low)
     np.testing.assert_allclose(explainer(IMAGES, "all").maps, expected, atol=1e-5)

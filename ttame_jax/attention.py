@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ttame_jax.masking import upsample
+from ttame_jax.masking import min_max_scale, upsample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +135,8 @@ class AttentionMechanism(nnx.Module):
       dtype: of the computation; parameters and class maps are float32.
       scale_features: whether each feature map is divided by a number of its own, `feature_scale`,
         which is 1 until it is set.
+      sigmoid_maps: whether class maps pass a sigmoid before they are scaled to explanation maps, as the
+        loss recipe ``scaled`` trains them.
       rngs: for the initial parameters.
 
     Raises:
@@ -149,6 +151,7 @@ class AttentionMechanism(nnx.Module):
         variant: VariantName = "ttame",
         dtype: jnp.dtype = jnp.float32,
         scale_features: bool = False,
+        sigmoid_maps: bool = False,
         rngs: nnx.Rngs,
     ):
         if variant not in VARIANTS:
@@ -164,6 +167,7 @@ class AttentionMechanism(nnx.Module):
         self.channels = tuple(channels[self.first_layer :])
         self.widths = (num_classes,) * len(self.channels) if settings.class_wide else self.channels
         self.dtype = dtype
+        self.sigmoid_maps = sigmoid_maps
         count = len(self.channels)
         self.feature_scale = nnx.BatchStat(jnp.ones(count)) if scale_features else None
         self.branches = nnx.List(
@@ -220,6 +224,13 @@ class AttentionMechanism(nnx.Module):
             total = total + upsample(jnp.moveaxis(fused, -1, 1), size)
             start += width
         return total
+
+    def explanation_maps(self, class_maps: jax.Array) -> jax.Array:
+        """Scales class maps ``[..., H, W]`` to the explanation maps in [0, 1] that are shown.
+
+        Each is min-max scaled, by default before any sigmoid (paper, section III-D).
+        """
+        return min_max_scale(jax.nn.sigmoid(class_maps) if self.sigmoid_maps else class_maps)
 
     def fold_feature_scale(self) -> None:
         """Makes the feature scale part of the weights. The class maps remain the same, up to rounding.

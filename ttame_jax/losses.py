@@ -6,6 +6,7 @@ Explanation maps are Psi ``[..., H, W]`` in [0, 1]. Every function returns a flo
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import jax
@@ -55,11 +56,28 @@ def _neighbour_differences(maps: jax.Array) -> jax.Array:
     return jnp.sum(vertical**2) + jnp.sum(horizontal**2)
 
 
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a loss is made of.
+
+    Attributes:
+      area: the area term of maps and exponent.
+      variation: the variation term of maps.
+      scaled: whether Psi, and with it the mask, are the maps that are shown: sigmoids, min-max
+        scaled. The paper trains the sigmoids, and shows and evaluates maps that are min-max scaled
+        before the sigmoid.
+    """
+
+    area: Callable[[jax.Array, float], jax.Array] = area
+    variation: Callable[[jax.Array], jax.Array] = variation
+    scaled: bool = False
+
+
 RECIPES = {
-    "paper": (area, variation),
-    "reference": (reference_area, reference_variation),
+    "paper": Recipe(),
+    "reference": Recipe(reference_area, reference_variation),
+    "scaled": Recipe(scaled=True),
 }
-"""The area and variation terms of each recipe."""
 if TYPE_CHECKING:
     RecipeName = str
 else:
@@ -75,7 +93,8 @@ class LossConfig:
     """
 
     recipe: RecipeName = "paper"
-    """The paper's equations, or those of the authors' code."""
+    """The paper's equations, those of the authors' code, or the paper's on maps that are scaled in
+    training as they are in use."""
     cross_entropy_weight: float = 1.5
     """Lambda 1."""
     regulariser_weight: float = 2.0
@@ -103,11 +122,11 @@ def total_loss(
       entropies: ``[B]``, the masked images' `cross_entropy` against the model truth.
       config: recipe and weights.
     """
-    area_term, variation_term = RECIPES[config.recipe]
+    recipe = RECIPES[config.recipe]
     terms = {
         "cross_entropy": entropies.mean(),
-        "area": area_term(maps, config.area_exponent),
-        "variation": variation_term(maps),
+        "area": recipe.area(maps, config.area_exponent),
+        "variation": recipe.variation(maps),
     }
     regulariser = terms["area"] + config.variation_weight * terms["variation"]
     loss = config.cross_entropy_weight * terms["cross_entropy"]

@@ -23,7 +23,7 @@ from ttame_jax.config import CONFIG_FILE, INPUTS, TrainConfig, located
 from ttame_jax.errors import Damaged, Failure, no_word_of_closed_loops, only_errors_logged
 from ttame_jax.explainer import Explainer
 from ttame_jax.files import absolute, check_bucket, digest
-from ttame_jax.losses import LossConfig
+from ttame_jax.losses import RECIPES, LossConfig
 from ttame_jax.methods import load_method
 from ttame_jax.weights import load_backbone, module_files
 from ttame_jax.weights.backbones import file_of
@@ -175,6 +175,7 @@ def build_attention(config: TrainConfig, backbone: Backbone) -> AttentionMechani
         variant=config.variant,
         dtype=jnp.dtype(config.precision),
         scale_features=config.scale_features,
+        sigmoid_maps=RECIPES[config.loss.recipe].scaled,
         rngs=nnx.Rngs(config.seed),
     )
     if config.start == "head":
@@ -234,6 +235,7 @@ def digests_of(items: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
 def _architecture(config: TrainConfig) -> dict[str, Any]:
     """The settings that define the model. Of a backbone's file only its name, since a run can move."""
     settings = {name: getattr(config, name) for name in ARCHITECTURE}
+    settings["loss.recipe"] = config.loss.recipe
     if file := file_of(config.backbone):
         settings["backbone"] = Path(file[0]).name + file[1]
     return settings

@@ -21,6 +21,7 @@ from ttame_jax.convert.pytorch import torch_import
 from ttame_jax.convert.pytorch.torch_import import import_torchvision
 from ttame_jax.convert.verify import differences, random_images, verify
 from ttame_jax.errors import Failure
+from ttame_jax.losses import LossConfig
 from ttame_jax.runs import load_run
 from ttame_jax.weights import abstract_backbone
 
@@ -44,7 +45,7 @@ numpy.savez("maps.npz", logits=logits, maps=maps, others=others)
 @pytest.mark.parametrize(
     ("backbone", "fields"),
     [
-        ("vit", {"variant": "sigmoid"}),
+        ("vit", {"variant": "sigmoid", "loss": LossConfig("scaled")}),
         pytest.param(
             "squeezenet1_1",
             {"backbone_config": {"num_classes": 7, "image_size": 64}},
@@ -115,6 +116,7 @@ def test_files_of_a_run(make_run, tmp_path):
     [
         ("vit", {}, "torchvision has no vit"),
         ("resnet18", {"variant": "no_skip"}, "it has no variant no_skip"),
+        ("resnet18", {"loss": LossConfig("scaled")}, "it scales maps without a sigmoid"),
         ("squeezenet1_1", {"backbone_config": {"num_classes": 7}}, "it takes 1000 classes and"),
     ],
 )

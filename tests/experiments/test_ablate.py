@@ -150,6 +150,7 @@ def test_recipes_and_weights_of_the_loss_are_changed_one_at_a_time():
     assert [dict(setting.values) for setting in axis.settings] == [
         {"loss.recipe": "paper"},
         {"loss.recipe": "reference"},
+        {"loss.recipe": "scaled"},
         {"loss.cross_entropy_weight": 0.75},
         {"loss.cross_entropy_weight": 3.0},
         {"loss.regulariser_weight": 1.0},
@@ -159,7 +160,7 @@ def test_recipes_and_weights_of_the_loss_are_changed_one_at_a_time():
         {"loss.area_exponent": 0.15},
         {"loss.area_exponent": 0.6},
     ]
-    assert axis.settings[2].label == "cross_entropy_weight 0.75"
+    assert axis.settings[3].label == "cross_entropy_weight 0.75"
 
 
 def figures(drop):

@@ -10,7 +10,7 @@ from tiny import TINY
 
 from ttame_jax import compilers
 from ttame_jax.attention import AttentionMechanism
-from ttame_jax.losses import LossConfig, cross_entropy, total_loss
+from ttame_jax.losses import RECIPES, LossConfig, cross_entropy, total_loss
 from ttame_jax.masking import mask_images, upsample
 from ttame_jax.mesh import replicate, shard_batch
 from ttame_jax.training.optimizer import OneCycle, one_cycle_sgd
@@ -22,7 +22,13 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
 
 def setup(devices=1, dtype="float32", masking=None, recipe="paper", peak=0.05, synchronise=False):
     backbone = load_backbone("vit", dtype=jnp.dtype(dtype), **TINY)
-    attention = AttentionMechanism([32] * 3, 5, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(1))
+    attention = AttentionMechanism(
+        [32] * 3,
+        5,
+        dtype=jnp.dtype(dtype),
+        sigmoid_maps=RECIPES[recipe].scaled,
+        rngs=nnx.Rngs(1),
+    )
     optimizer = one_cycle_sgd(OneCycle(peak, 30))
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
     masking = masking or backbone.masking
@@ -52,6 +58,9 @@ def literal_loss(backbone, attention, images, masking, recipe):
     logits, features = backbone(preprocessing.standardise(images))
     classes = logits.argmax(-1)
     maps = jax.nn.sigmoid(attention(features, train=True))[:, classes]
+    if recipe == "scaled":
+        low, high = maps.min((2, 3), keepdims=True), maps.max((2, 3), keepdims=True)
+        maps = (maps - low) / (high - low)
     masks = upsample(maps[jnp.arange(len(images)), jnp.arange(len(images))], (32, 32))
     masked_logits, _ = backbone(mask_images(images, masks, preprocessing, masking))
     return total_loss(maps, cross_entropy(masked_logits, classes), LossConfig(recipe))
@@ -64,6 +73,7 @@ def literal_loss(backbone, attention, images, masking, recipe):
         pytest.param("pixel", "reference", 2, marks=pytest.mark.slow),
         pytest.param("standardised", "paper", 2, marks=pytest.mark.slow),
         ("standardised", "reference", 8),
+        ("pixel", "scaled", 8),
     ],
 )
 def test_a_step_follows_the_gradient_of_the_literal_loss(masking, recipe, group, monkeypatch):

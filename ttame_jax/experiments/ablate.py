@@ -44,7 +44,7 @@ class Ablation:
 
     over: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     """A setting and its values, such as learning-rate 1e-3 2e-3 or loss.area-exponent 0.2 0.3 0.4.
-    Without values: variant (Table VI), masking (Table VII), loss (both recipes, and half and twice
+    Without values: variant (Table VI), masking (Table VII), loss (all recipes, and half and twice
     each weight), or all choices of another flag. Several --over are a grid."""
     seeds: int = 1
     """Number of runs of each setting, with the seeds --seed, --seed + 1 and so on. The tables have
@@ -209,7 +209,7 @@ def _axes(config: TrainConfig, ablation: Ablation) -> tuple[list[Axis], list[Mas
 
 
 def _loss_axis(config: TrainConfig) -> Axis:
-    """Both recipes, and half and twice each weight of the configured one, one at a time."""
+    """All recipes, and half and twice each weight of the configured one, one at a time."""
     own = config.loss.recipe
     recipes = [own, *(recipe for recipe in RECIPES if recipe != own)]
     settings = [Setting(f"recipe {recipe}", {"loss.recipe": recipe}) for recipe in recipes]

@@ -6,14 +6,11 @@ import jax
 
 from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import Backbone
-from ttame_jax.masking import min_max_scale
 from ttame_jax.methods.base import Method
 
 
 class TrainedMethod(Method):
     """The maps of an attention mechanism of any variant, in one forward pass.
-
-    Maps are min-max scaled before any sigmoid (paper, section III-D).
 
     Args:
       backbone: the classifier to explain.
@@ -34,7 +31,7 @@ class TrainedMethod(Method):
     def explain_features(
         self, images: jax.Array, features: Sequence[jax.Array], classes: jax.Array
     ) -> jax.Array:
-        return min_max_scale(self.attention(features, classes))
+        return self.attention.explanation_maps(self.attention(features, classes))
 
 
 class LCAM(TrainedMethod, name="lcam", title="L-CAM-Img"):

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import Backbone
 from ttame_jax.compilers import compiler_options, in_groups
-from ttame_jax.losses import LossConfig, cross_entropy, total_loss
+from ttame_jax.losses import RECIPES, LossConfig, cross_entropy, total_loss
 from ttame_jax.masking import mask_images, upsample
 from ttame_jax.mesh import AXIS
 from ttame_jax.preprocessing import Masking, to_float
@@ -87,7 +87,9 @@ def _compiled(
             shown = jax.lax.all_gather(classes, AXIS, tiled=True)  # [B]
             first = jax.lax.axis_index(AXIS) * len(classes)
         maps = mechanism(features, shown, train=True, axis_name=AXIS if synchronise else None)
-        maps = jax.nn.sigmoid(maps)  # Psi [b, b, h, w], synchronised [b, B, h, w]
+        scaled = RECIPES[loss_config.recipe].scaled
+        # Psi [b, b, h, w], synchronised [b, B, h, w]
+        maps = mechanism.explanation_maps(maps) if scaled else jax.nn.sigmoid(maps)
         own = jax.lax.dynamic_slice_in_dim(maps, first, len(classes), axis=1)
         masks = upsample(jnp.einsum("bbhw->bhw", own), images.shape[1:3])
         entropies = _entropies(classify, images, masks, classes, masking)
