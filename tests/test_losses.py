@@ -47,6 +47,22 @@ def test_total_loss_and_gradients_equal_the_formula_in_pytorch(recipe):
         np.testing.assert_allclose(gradient, tensor.grad.numpy(), rtol=1e-4, atol=1e-7)
 
 
+def test_the_complement_is_minus_log_of_what_is_left_for_other_classes():
+    logits = np.array([[2.0, -1.0, 0.5], [0.0, 0.0, 0.0]], np.float32)
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    expected = -np.log([1 - shares[0, 0], 1 - shares[1, 2]])
+    np.testing.assert_allclose(losses.complement(logits, np.array([0, 2])), expected, rtol=1e-6)
+
+
+def test_the_complement_of_a_certain_class_is_finite_with_a_gradient():
+    logits = jnp.array([[1e3, 0.0, -1e3]], jnp.bfloat16)
+    value, gradient = jax.value_and_grad(
+        lambda logits: losses.complement(logits, jnp.array([0])).sum()
+    )(logits)
+    np.testing.assert_allclose(value, 1e3, rtol=1e-2)
+    np.testing.assert_allclose(np.asarray(gradient, np.float32), [[1, -1, 0]], atol=1e-2)
+
+
 def test_terms_have_the_values_worked_out_by_hand():
     maps = jnp.array([[[[0.0, 1.0], [0.0, 1.0]]]])  # two horizontal steps of 1, no vertical one
     np.testing.assert_allclose(losses.area(maps, 0.3), 0.5, atol=1e-3)

@@ -1,7 +1,7 @@
 """The training loss, one function per equation (T-TAME, section III-C3).
 
 Explanation maps are Psi ``[..., H, W]`` in [0, 1]. Every function returns a float32 scalar, except
-`cross_entropy`, which returns one value per image.
+`cross_entropy` and `complement`, which return one value per image.
 """
 
 import dataclasses
@@ -21,6 +21,18 @@ def cross_entropy(logits: jax.Array, classes: jax.Array) -> jax.Array:
     """Cross-entropy ``[B]`` of logits ``[B, Cls]`` against classes ``[B]`` (Eq. 11, first term)."""
     logits = logits.astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, classes)
+
+
+def complement(logits: jax.Array, classes: jax.Array) -> jax.Array:
+    """-log(1 - p) ``[B]`` of the probabilities of classes ``[B]``, from logits ``[B, Cls]``.
+
+    Of images that are masked by the complements of their maps it asks that what the map leaves out
+    does not suffice for the class. The paper does not have this term.
+    """
+    logits = logits.astype(jnp.float32)
+    own = jax.nn.one_hot(classes, logits.shape[-1], dtype=bool)
+    others = jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - others
 
 
 def area(maps: jax.Array, exponent: float) -> jax.Array:
@@ -103,9 +115,13 @@ class LossConfig:
     """Lambda 3."""
     area_exponent: float = 0.3
     """Lambda 4."""
+    complement_weight: float = 0.0
+    """Weight of -log(1 - p) of the class in the image that is masked by the complement of the map.
+    Above 0 a step takes one more pass through the classifier. The paper has no such term."""
 
     def __post_init__(self):
-        for name in ("cross_entropy_weight", "regulariser_weight", "variation_weight"):
+        weights = ("cross_entropy", "regulariser", "variation", "complement")
+        for name in (f"{weight}_weight" for weight in weights):
             if not 0 <= (weight := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, not {weight}")
         if not 0 < self.area_exponent < math.inf:
@@ -113,7 +129,10 @@ class LossConfig:
 
 
 def total_loss(
-    maps: jax.Array, entropies: jax.Array, config: LossConfig
+    maps: jax.Array,
+    entropies: jax.Array,
+    config: LossConfig,
+    complements: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss (Eq. 11, 15) and its unweighted terms.
 
@@ -121,6 +140,8 @@ def total_loss(
       maps: Psi ``[B, K, H, W]`` in [0, 1].
       entropies: ``[B]``, the masked images' `cross_entropy` against the model truth.
       config: recipe and weights.
+      complements: ``[B]``, `complement` of the model truth in the images that are masked by the
+        complements of the maps; None leaves the term out.
     """
     recipe = RECIPES[config.recipe]
     terms = {
@@ -130,4 +151,8 @@ def total_loss(
     }
     regulariser = terms["area"] + config.variation_weight * terms["variation"]
     loss = config.cross_entropy_weight * terms["cross_entropy"]
-    return loss + config.regulariser_weight * regulariser, terms
+    loss += config.regulariser_weight * regulariser
+    if complements is not None:
+        terms["complement"] = complements.mean()
+        loss += config.complement_weight * terms["complement"]
+    return loss, terms

@@ -20,7 +20,15 @@ from ttame_jax.weights import load_backbone
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
 
 
-def setup(devices=1, dtype="float32", masking=None, recipe="paper", peak=0.05, synchronise=False):
+def setup(
+    devices=1,
+    dtype="float32",
+    masking=None,
+    recipe="paper",
+    peak=0.05,
+    synchronise=False,
+    **weights,
+):
     backbone = load_backbone("vit", dtype=jnp.dtype(dtype), **TINY)
     attention = AttentionMechanism(
         [32] * 3,
@@ -38,7 +46,7 @@ def setup(devices=1, dtype="float32", masking=None, recipe="paper", peak=0.05, s
         optimizer,
         mesh,
         masking,
-        LossConfig(recipe),
+        LossConfig(recipe, **weights),
         synchronise=synchronise,
     )
     state = replicate(initial_state(attention, optimizer), mesh)
@@ -51,7 +59,7 @@ def setup(devices=1, dtype="float32", masking=None, recipe="paper", peak=0.05, s
     return backbone, attention, state, run
 
 
-def literal_loss(backbone, attention, images, masking, recipe):
+def literal_loss(backbone, attention, images, masking, recipe, complement_weight):
     """The step in the order of the paper: all class maps, then those of the model truths."""
     preprocessing = backbone.preprocessing
     images = images / 255.0
@@ -63,27 +71,38 @@ def literal_loss(backbone, attention, images, masking, recipe):
         maps = (maps - low) / (high - low)
     masks = upsample(maps[jnp.arange(len(images)), jnp.arange(len(images))], (32, 32))
     masked_logits, _ = backbone(mask_images(images, masks, preprocessing, masking))
-    return total_loss(maps, cross_entropy(masked_logits, classes), LossConfig(recipe))
+    loss, terms = total_loss(maps, cross_entropy(masked_logits, classes), LossConfig(recipe))
+    if complement_weight:
+        left_out, _ = backbone(mask_images(images, 1 - masks, preprocessing, masking))
+        kept = jax.nn.softmax(left_out)[jnp.arange(len(images)), classes]
+        terms["complement"] = -jnp.log(1 - kept).mean()
+        loss += complement_weight * terms["complement"]
+    return loss, terms
 
 
 @pytest.mark.parametrize(
-    ("masking", "recipe", "group"),
+    ("masking", "recipe", "group", "complement"),
     [
-        ("pixel", "paper", 8),
-        pytest.param("pixel", "reference", 2, marks=pytest.mark.slow),
-        pytest.param("standardised", "paper", 2, marks=pytest.mark.slow),
-        ("standardised", "reference", 8),
-        ("pixel", "scaled", 8),
+        ("pixel", "paper", 8, 0),
+        pytest.param("pixel", "reference", 2, 0, marks=pytest.mark.slow),
+        pytest.param("standardised", "paper", 2, 0, marks=pytest.mark.slow),
+        ("standardised", "reference", 8, 0),
+        ("pixel", "scaled", 8, 0),
+        ("standardised", "scaled", 2, 0.7),
     ],
 )
-def test_a_step_follows_the_gradient_of_the_literal_loss(masking, recipe, group, monkeypatch):
+def test_a_step_follows_the_gradient_of_the_literal_loss(
+    masking, recipe, group, complement, monkeypatch
+):
     monkeypatch.setattr(compilers, "CPU_PIXELS", group * 32 * 32)
-    backbone, attention, state, run = setup(masking=masking, recipe=recipe)
+    weights = {"complement_weight": complement}
+    backbone, attention, state, run = setup(masking=masking, recipe=recipe, **weights)
     graph, params, stats = nnx.split(attention, nnx.Param, nnx.BatchStat)
 
     def loss_fn(params):
         mechanism = nnx.merge(graph, params, stats, copy=True)
-        return literal_loss(backbone, mechanism, IMAGES.astype(np.float32), masking, recipe)
+        images = IMAGES.astype(np.float32)
+        return literal_loss(backbone, mechanism, images, masking, recipe, complement)
 
     (loss, terms), gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
     optimizer = one_cycle_sgd(OneCycle(0.05, 30))
@@ -91,6 +110,7 @@ def test_a_step_follows_the_gradient_of_the_literal_loss(masking, recipe, group,
     expected = jax.tree.map(np.asarray, jax.tree.map(jnp.add, params, updates))
     state, metrics = run(state, IMAGES)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    assert {"loss", *terms} == set(metrics)
     for name, value in terms.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected)):

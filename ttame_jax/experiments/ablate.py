@@ -214,7 +214,7 @@ def _loss_axis(config: TrainConfig) -> Axis:
     recipes = [own, *(recipe for recipe in RECIPES if recipe != own)]
     settings = [Setting(f"recipe {recipe}", {"loss.recipe": recipe}) for recipe in recipes]
     for name, value in vars(config.loss).items():
-        for factor in FACTORS if name != "recipe" else ():
+        for factor in FACTORS if name != "recipe" and value else ():
             changed = value * factor
             settings.append(Setting(f"{name} {changed:g}", {f"loss.{name}": changed}))
     return Axis("loss", tuple(settings))

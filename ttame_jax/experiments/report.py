@@ -40,7 +40,7 @@ EXAMPLES = 12  # pictures, evenly spaced
 EXTREMES = 6  # pictures that are explained best, and as many that are explained worst
 SMALL = 96  # pixels; smaller pictures are enlarged without smoothing
 MARKED = 20  # points of a curve, above which they have no markers
-LOSS_TERMS = ("loss", "cross_entropy", "area", "variation")
+LOSS_TERMS = ("loss", "cross_entropy", "area", "variation", "complement")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import Backbone
 from ttame_jax.compilers import compiler_options, in_groups
-from ttame_jax.losses import RECIPES, LossConfig, cross_entropy, total_loss
+from ttame_jax.losses import RECIPES, LossConfig, complement, cross_entropy, total_loss
 from ttame_jax.masking import mask_images, upsample
 from ttame_jax.mesh import AXIS
 from ttame_jax.preprocessing import Masking, to_float
@@ -61,7 +62,8 @@ def make_train_step(
     Returns:
       ``step(state, backbone_state, images) -> (state, metrics)``; ``images`` uint8
       ``[B, H, W, 3]`` sharded on the batch, ``backbone_state`` from ``nnx.split(backbone)``,
-      ``metrics`` scalars (loss, cross_entropy, area, variation). The state is donated.
+      ``metrics`` scalars (loss, cross_entropy, area, variation, and complement if it has a weight).
+      The state is donated.
     """
     graphs = nnx.graphdef(backbone), nnx.graphdef(attention)
     return _compiled(*graphs, optimizer, mesh, masking, loss_config, synchronise)
@@ -92,8 +94,9 @@ def _compiled(
         maps = mechanism.explanation_maps(maps) if scaled else jax.nn.sigmoid(maps)
         own = jax.lax.dynamic_slice_in_dim(maps, first, len(classes), axis=1)
         masks = upsample(jnp.einsum("bbhw->bhw", own), images.shape[1:3])
-        entropies = _entropies(classify, images, masks, classes, masking)
-        loss, terms = total_loss(maps, entropies, loss_config)
+        judge = functools.partial(_judge_masked, classify, images, classes, masking)
+        complements = judge(1 - masks, complement) if loss_config.complement_weight else None
+        loss, terms = total_loss(maps, judge(masks, cross_entropy), loss_config, complements)
         return loss, ({"loss": loss, **terms}, nnx.state(mechanism, nnx.BatchStat))
 
     def local_step(state: TrainState, backbone_state, images):
@@ -113,10 +116,15 @@ def _compiled(
     return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(mesh))
 
 
-def _entropies(
-    backbone: Backbone, images: jax.Array, masks: jax.Array, classes: jax.Array, masking: Masking
+def _judge_masked(
+    backbone: Backbone,
+    images: jax.Array,
+    classes: jax.Array,
+    masking: Masking,
+    masks: jax.Array,
+    term: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """Cross-entropies [B] of images [B, H, W, 3] under masks [B, H, W] against classes [B].
+    """A term [B] of the loss, of images [B, H, W, 3] under masks [B, H, W] and their classes [B].
 
     The gradients of the masks are computed along with the values, so the classifier's activations
     are kept for only one group of images at a time.
@@ -125,14 +133,14 @@ def _entropies(
     def of_group(images, masks, classes):
         def of_masks(masks):
             masked = mask_images(images, masks, backbone.preprocessing, masking)
-            return cross_entropy(backbone(masked)[0], classes)
+            return term(backbone(masked)[0], classes)
 
-        entropies, pull = jax.vjp(of_masks, masks)
-        return entropies, *pull(jnp.ones_like(entropies))
+        values, pull = jax.vjp(of_masks, masks)
+        return values, *pull(jnp.ones_like(values))
 
     arrays = images, jax.lax.stop_gradient(masks), classes
-    entropies, gradients = in_groups(of_group, *arrays, tpu_pixels=backbone.tpu_pixels)
-    return _with_gradients(masks, entropies, gradients)
+    values, gradients = in_groups(of_group, *arrays, tpu_pixels=backbone.tpu_pixels)
+    return _with_gradients(masks, values, gradients)
 
 
 @jax.custom_vjp
