@@ -87,6 +87,18 @@ def test_memory_below_a_full_group_does_not_count(monkeypatch):
     assert largest_fitting(share, 8, sizes) == (1024, share(1024))
 
 
+def test_the_estimate_is_corrected_by_what_fits():
+    """Memory that grows by 10 per image up to 64 images per device, and by 1 above."""
+    sizes, tried = [8 << k for k in range(12)], []
+
+    def share(size):
+        tried.append(size // 8)
+        return (10 * min(size // 8, 64) + size // 8) / 2000
+
+    assert largest_fitting(share, 8, sizes) == (8 * 1024, share(8 * 1024))
+    assert tried[:-1] == [16, 32, 128, 256, 1024]
+
+
 def test_a_batch_that_needs_more_than_estimated_is_not_taken(monkeypatch):
     """A square of the batch: 128 need 4 times what 64 do, the straight line says 2.5."""
     needed = 4 * (128 * FLOATS + 128**2)

@@ -1,6 +1,5 @@
 """The largest batch that fits into the memory of the devices: ``--batch-size auto``."""
 
-import functools
 import math
 import os
 from collections.abc import Callable
@@ -19,17 +18,16 @@ DEVICE_SHARE = (
 )
 HOST_SHARE = 0.5  # of the machine's memory, if its CPU is the device
 PROBED = 32
-"""Images per device in the larger of the two steps from which the memory of others is estimated. The
-smaller has half of them, which is what a TPU processes at a time (`Backbone.tpu_pixels`): below that,
-memory grows much faster."""
+"""Images per device in the larger of the first two steps that are compiled. The smaller has half of
+them, which is what a TPU processes at a time (`Backbone.tpu_pixels`): below that, memory grows much
+faster."""
 
 
 def largest_batch(compile_step: Callable[[int], jax.stages.Compiled], images: int) -> int:
     """The largest power of two times the number of devices whose step fits into memory.
 
-    Nothing is run: the memory of a step is read from the compiled program. A linear estimate from
-    two small batches gives the first candidate. From there on downwards, the first batch whose
-    compiled program fits is taken. All processes agree on the number.
+    Nothing is run: the memory of a step is read from the compiled program. All processes agree on
+    the number.
 
     Args:
       compile_step: compiles the training step for a batch size, over all devices.
@@ -70,6 +68,9 @@ def largest_fitting(
 ) -> tuple[int | None, float]:
     """The largest batch that needs at most all of the usable memory.
 
+    A straight line through the two largest batches that are known to fit gives the next one to try,
+    until none that is larger seems to fit.
+
     Args:
       share: the fraction of the usable memory that a batch needs. It is called for few batches.
       devices: number of devices.
@@ -78,15 +79,20 @@ def largest_fitting(
     Returns:
       The batch and its share; None and the share of the smallest batch if none fits.
     """
-    share = functools.cache(share)
-    # The last two of the probed sizes; the smallest one twice if there is no other.
-    *_, small, larger = [sizes[0], *(size for size in sizes if size <= devices * PROBED)]
-    slope = (share(larger) - share(small)) / max(larger - small, 1)
-    for size in reversed(sizes):
-        estimate = share(larger) + slope * (size - larger)
-        if (size <= larger or estimate <= 1) and share(size) <= 1:
-            return size, share(size)
-    return None, share(sizes[0])
+    probed = [size for size in sizes if size <= devices * PROBED][-2:]
+    shares = {size: share(size) for size in probed}
+    while True:
+        fitting = sorted(size for size in shares if shares[size] <= 1)
+        best = fitting[-1] if fitting else 0
+        too_large = min((size for size in shares if shares[size] > 1), default=math.inf)
+        left = [size for size in sizes if best < size < too_large]
+        if len(fitting) > 1:
+            small = fitting[-2]
+            slope = (shares[best] - shares[small]) / (best - small)
+            left = [size for size in left if shares[best] + slope * (size - best) <= 1]
+        if not left:
+            return (best, shares[best]) if fitting else (None, shares[sizes[0]])
+        shares[left[-1]] = share(left[-1])
 
 
 def usable_memory() -> float | None:
