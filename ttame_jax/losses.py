@@ -78,17 +78,21 @@ class Recipe:
       scaled: whether Psi, and with it the mask, are the maps that are shown: sigmoids, min-max
         scaled. The paper trains the sigmoids, and shows and evaluates maps that are min-max scaled
         before the sigmoid.
+      complement: whether the loss has the term `complement`, which takes one more pass through the
+        classifier and its gradient.
     """
 
     area: Callable[[jax.Array, float], jax.Array] = area
     variation: Callable[[jax.Array], jax.Array] = variation
     scaled: bool = False
+    complement: bool = False
 
 
 RECIPES = {
     "paper": Recipe(),
     "reference": Recipe(reference_area, reference_variation),
     "scaled": Recipe(scaled=True),
+    "complement": Recipe(scaled=True, complement=True),
 }
 if TYPE_CHECKING:
     RecipeName = str
@@ -105,8 +109,9 @@ class LossConfig:
     """
 
     recipe: RecipeName = "paper"
-    """The paper's equations, those of the authors' code, or the paper's on maps that are scaled in
-    training as they are in use."""
+    """The paper's equations (paper), those of the authors' code (reference), the paper's on maps that
+    are scaled in training as they are in use (scaled), or these with a term for what the map leaves
+    out (complement)."""
     cross_entropy_weight: float = 1.5
     """Lambda 1."""
     regulariser_weight: float = 2.0
@@ -115,9 +120,9 @@ class LossConfig:
     """Lambda 3."""
     area_exponent: float = 0.3
     """Lambda 4."""
-    complement_weight: float = 0.0
-    """Weight of -log(1 - p) of the class in the image that is masked by the complement of the map.
-    Above 0 a step takes one more pass through the classifier. The paper has no such term."""
+    complement_weight: float = 0.5
+    """Weight of -log(1 - p) of the class in the image that is masked by 1 - E, for the recipe
+    complement."""
 
     def __post_init__(self):
         weights = ("cross_entropy", "regulariser", "variation", "complement")
@@ -140,8 +145,8 @@ def total_loss(
       maps: Psi ``[B, K, H, W]`` in [0, 1].
       entropies: ``[B]``, the masked images' `cross_entropy` against the model truth.
       config: recipe and weights.
-      complements: ``[B]``, `complement` of the model truth in the images that are masked by the
-        complements of the maps; None leaves the term out.
+      complements: ``[B]``, `complement` of the model truth in the images that are masked by 1 minus
+        their maps; None for a recipe without this term.
     """
     recipe = RECIPES[config.recipe]
     terms = {

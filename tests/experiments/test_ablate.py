@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -22,6 +23,7 @@ from ttame_jax.experiments.ablate import (
     latex,
     markdown,
 )
+from ttame_jax.losses import LossConfig
 from ttame_jax.metrics.evaluation import Evaluator
 from ttame_jax.training.loop import Diverged
 
@@ -151,6 +153,7 @@ def test_recipes_and_weights_of_the_loss_are_changed_one_at_a_time():
         {"loss.recipe": "paper"},
         {"loss.recipe": "reference"},
         {"loss.recipe": "scaled"},
+        {"loss.recipe": "complement"},
         {"loss.cross_entropy_weight": 0.75},
         {"loss.cross_entropy_weight": 3.0},
         {"loss.regulariser_weight": 1.0},
@@ -160,7 +163,11 @@ def test_recipes_and_weights_of_the_loss_are_changed_one_at_a_time():
         {"loss.area_exponent": 0.15},
         {"loss.area_exponent": 0.6},
     ]
-    assert axis.settings[3].label == "cross_entropy_weight 0.75"
+    assert axis.settings[4].label == "cross_entropy_weight 0.75"
+    config = dataclasses.replace(config, loss=LossConfig("complement"))
+    (axis, _), _ = _axes(config, Ablation(over=(("loss",),)))
+    assert axis.settings[0].label == "recipe complement"
+    assert dict(axis.settings[-1].values) == {"loss.complement_weight": 1.0}
 
 
 def figures(drop):

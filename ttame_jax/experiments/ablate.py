@@ -214,7 +214,9 @@ def _loss_axis(config: TrainConfig) -> Axis:
     recipes = [own, *(recipe for recipe in RECIPES if recipe != own)]
     settings = [Setting(f"recipe {recipe}", {"loss.recipe": recipe}) for recipe in recipes]
     for name, value in vars(config.loss).items():
-        for factor in FACTORS if name != "recipe" and value else ():
+        if name == "recipe" or name == "complement_weight" and not RECIPES[own].complement:
+            continue
+        for factor in FACTORS:
             changed = value * factor
             settings.append(Setting(f"{name} {changed:g}", {f"loss.{name}": changed}))
     return Axis("loss", tuple(settings))

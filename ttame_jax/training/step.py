@@ -62,7 +62,7 @@ def make_train_step(
     Returns:
       ``step(state, backbone_state, images) -> (state, metrics)``; ``images`` uint8
       ``[B, H, W, 3]`` sharded on the batch, ``backbone_state`` from ``nnx.split(backbone)``,
-      ``metrics`` scalars (loss, cross_entropy, area, variation, and complement if it has a weight).
+      ``metrics`` scalars (loss, cross_entropy, area, variation, and complement if the recipe has it).
       The state is donated.
     """
     graphs = nnx.graphdef(backbone), nnx.graphdef(attention)
@@ -79,6 +79,8 @@ def _compiled(
     loss_config: LossConfig,
     synchronise: bool,
 ) -> jax.stages.Wrapped:
+    recipe = RECIPES[loss_config.recipe]
+
     def loss_fn(params, batch_stats, backbone_state, images):
         classify = nnx.merge(backbone_graph, backbone_state)
         mechanism = nnx.merge(attention_graph, params, batch_stats, copy=True)
@@ -89,13 +91,12 @@ def _compiled(
             shown = jax.lax.all_gather(classes, AXIS, tiled=True)  # [B]
             first = jax.lax.axis_index(AXIS) * len(classes)
         maps = mechanism(features, shown, train=True, axis_name=AXIS if synchronise else None)
-        scaled = RECIPES[loss_config.recipe].scaled
         # Psi [b, b, h, w], synchronised [b, B, h, w]
-        maps = mechanism.explanation_maps(maps) if scaled else jax.nn.sigmoid(maps)
+        maps = mechanism.explanation_maps(maps) if recipe.scaled else jax.nn.sigmoid(maps)
         own = jax.lax.dynamic_slice_in_dim(maps, first, len(classes), axis=1)
         masks = upsample(jnp.einsum("bbhw->bhw", own), images.shape[1:3])
         judge = functools.partial(_judge_masked, classify, images, classes, masking)
-        complements = judge(1 - masks, complement) if loss_config.complement_weight else None
+        complements = judge(1 - masks, complement) if recipe.complement else None
         loss, terms = total_loss(maps, judge(masks, cross_entropy), loss_config, complements)
         return loss, ({"loss": loss, **terms}, nnx.state(mechanism, nnx.BatchStat))
 
