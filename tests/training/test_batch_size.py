@@ -99,6 +99,18 @@ def test_the_estimate_is_corrected_by_what_fits():
     assert tried[:-1] == [16, 32, 128, 256, 1024]
 
 
+def test_batches_grow_by_no_more_than_8_times():
+    """Nearly no memory up to 32 images per device, from which everything seems to fit."""
+    sizes, tried = [8 << k for k in range(13)], []
+
+    def share(size):
+        tried.append(size // 8)
+        return max(size // 8 - 32, 0) / 300
+
+    assert largest_fitting(share, 8, sizes) == (8 * 256, share(8 * 256))
+    assert tried[:-1] == [16, 32, 256]
+
+
 def test_a_batch_that_needs_more_than_estimated_is_not_taken(monkeypatch):
     """A square of the batch: 128 need 4 times what 64 do, the straight line says 2.5."""
     needed = 4 * (128 * FLOATS + 128**2)

@@ -22,6 +22,10 @@ PROBED = 32
 them, which is what a TPU processes at a time (`Backbone.tpu_pixels`): below that, memory grows much
 faster."""
 
+GROWTH = 8
+"""The next batch is at most this many times the largest that fits: estimates from small batches can be
+far off, and compilers spend many minutes on a program that does not fit."""
+
 
 def largest_batch(compile_step: Callable[[int], jax.stages.Compiled], images: int) -> int:
     """The largest power of two times the number of devices whose step fits into memory.
@@ -90,6 +94,7 @@ def largest_fitting(
             small = fitting[-2]
             slope = (shares[best] - shares[small]) / (best - small)
             left = [size for size in left if shares[best] + slope * (size - best) <= 1]
+            left = [size for size in left if size <= GROWTH * best]
         if not left:
             return (best, shares[best]) if fitting else (None, shares[sizes[0]])
         shares[left[-1]] = share(left[-1])
