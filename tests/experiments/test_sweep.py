@@ -7,6 +7,7 @@ from ttame_jax.attention import VARIANTS
 from ttame_jax.config import preset
 from ttame_jax.experiments import sweep
 from ttame_jax.experiments.sweep import Axis, Setting, field_axis, grid, train_each
+from ttame_jax.losses import RECIPES
 from ttame_jax.training.loop import Diverged
 
 
@@ -55,7 +56,7 @@ def test_values_have_the_types_of_their_fields(words, expected):
     [
         ("variant", [*VARIANTS]),
         ("masking", ["pixel", "standardised"]),
-        ("loss.recipe", ["paper", "reference"]),
+        ("loss.recipe", [*RECIPES]),
         ("flip", [True, False]),
     ],
 )
@@ -86,7 +87,7 @@ def test_a_grid_has_a_run_in_its_own_folder_for_every_combination(config):
     axes = [field_axis("loss.recipe", []), field_axis("backbone-config.depth", ["1", "2"])]
     trials = grid(config, axes)
     assert [(x.run.loss.recipe, x.run.backbone_config["depth"]) for x in trials] == [
-        (recipe, depth) for recipe in ("paper", "reference") for depth in (1, 2)
+        (recipe, depth) for recipe in RECIPES for depth in (1, 2)
     ]
     assert trials[1].labels == {"loss.recipe": "paper", "backbone_config.depth": "2"}
     folder = config.output / "loss.recipe_paper" / "backbone_config.depth_2"
