@@ -54,6 +54,10 @@ MASKING: dict[str, Masking] = {
 
 BACKBONE_FILE = "backbone.safetensors"
 
+LOSS_RECIPE = "loss_recipe"
+METADATA = ("hyper_parameters", LOSS_RECIPE)
+"""The JSON values in the metadata of a `.safetensors` that `to-torch` wrote."""
+
 
 def attention_table(attention: AttentionMechanism) -> Table:
     """The tensors of the attention mechanism in the authors' code, without their prefix.
@@ -73,13 +77,17 @@ def attention_table(attention: AttentionMechanism) -> Table:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The content of a checkpoint: the attention's tensors without prefix, the backbone's with."""
+    """The content of a checkpoint: the attention's tensors without prefix, the backbone's with.
+
+    The loss recipe is that of the authors' code, except in a file that `to-torch` wrote.
+    """
 
     path: Path
     attention: Tensors
     body: Tensors
     hyper_parameters: dict[str, Any]
     step: int
+    recipe: str
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -94,7 +102,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise FileNotFoundError(f"no checkpoint {path}")
     if path.suffix == ".safetensors":
         state, metadata = read_safetensors(path)
-        content = {"hyper_parameters": json.loads(metadata.get("hyper_parameters", "null"))}
+        content = {key: json.loads(metadata.get(key, "null")) for key in METADATA}
     else:
         content = read_torch(path)
         if not isinstance(content, dict):
@@ -115,7 +123,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     body = {key: value for key, value in state.items() if key.startswith(BODY)}
     counters = [int(value) for key, value in attention.items() if key.endswith(COUNTER)]
     step = max(counters, default=content.get("global_step", 0))
-    return Checkpoint(path, attention, body, hyper_parameters, step)
+    recipe = content.get(LOSS_RECIPE) or "reference"
+    if recipe not in RECIPES:
+        raise ValueError(f"{path} has {LOSS_RECIPE} {recipe!r}; there are {', '.join(RECIPES)}")
+    return Checkpoint(path, attention, body, hyper_parameters, step, recipe)
 
 
 def from_reference(path: Path, output: Path, weights: str = "torchvision") -> TrainConfig:
@@ -175,7 +186,7 @@ def run_config(checkpoint: Checkpoint, output: Path, weights: str) -> TrainConfi
         variant=_variant(checkpoint, model, count),
         masking=_known(checkpoint, "train_method", MASKING, "new"),
         evaluation_masking="pixel",
-        loss=LossConfig(recipe="reference"),
+        loss=LossConfig(recipe=checkpoint.recipe),
         epochs=_number(checkpoint, "epochs", int, 8),
         learning_rate=_number(checkpoint, "lr", float, 1e-3),
     )
@@ -249,7 +260,7 @@ def obstacle(config: TrainConfig, backbone: Backbone) -> str | None:
     if config.variant not in VERSIONS_BY_VARIANT:
         return f"it has no variant {config.variant}"
     if RECIPES[config.loss.recipe].scaled:
-        return "it scales maps without a sigmoid, and so not as the recipe scaled trains them"
+        return f"it scales maps without a sigmoid, unlike the loss recipe {config.loss.recipe}"
     if backbone.num_classes != 1000 or backbone.preprocessing.image_size != 224:
         return "it takes 1000 classes and 224x224 pixels"
     return None

@@ -71,6 +71,23 @@ def test_terms_have_the_values_worked_out_by_hand():
     np.testing.assert_allclose(losses.reference_variation(maps), (2 + 0.3 * 4) / 2)
 
 
+@pytest.mark.parametrize(
+    ("config", "weight"),
+    [
+        (LossConfig("paper"), 0),
+        (LossConfig("scaled"), 0),
+        (LossConfig("complement"), 0.5),
+        (LossConfig("complement", complement_weight=0), 0),
+        (LossConfig("paper", complement_weight=0.3), 0.3),
+    ],
+)
+def test_the_recipe_sets_the_weight_of_the_complement_unless_it_is_given(config, weight):
+    maps, entropies = jnp.full((2, 2, 4, 4), 0.5), jnp.ones(2)
+    without, _ = total_loss(maps, entropies, config)
+    loss, _ = total_loss(maps, entropies, config, jnp.full(2, 3.0))
+    np.testing.assert_allclose(loss - without, 3 * weight, rtol=1e-5)
+
+
 @pytest.mark.parametrize("recipe", ["paper", "reference"])
 @pytest.mark.parametrize("value", [-1e4, 0.0, 1e4])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

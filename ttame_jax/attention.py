@@ -135,8 +135,8 @@ class AttentionMechanism(nnx.Module):
       dtype: of the computation; parameters and class maps are float32.
       scale_features: whether each feature map is divided by a number of its own, `feature_scale`,
         which is 1 until it is set.
-      sigmoid_maps: whether class maps pass a sigmoid before they are scaled to explanation maps, as the
-        loss recipe ``scaled`` trains them.
+      sigmoid_maps: whether class maps pass a sigmoid before they are scaled to explanation maps, as some
+        loss recipes train them (`ttame_jax.losses.Recipe.scaled`).
       rngs: for the initial parameters.
 
     Raises:

@@ -78,21 +78,20 @@ class Recipe:
       scaled: whether Psi, and with it the mask, are the maps that are shown: sigmoids, min-max
         scaled. The paper trains the sigmoids, and shows and evaluates maps that are min-max scaled
         before the sigmoid.
-      complement: whether the loss has the term `complement`, which takes one more pass through the
-        classifier and its gradient.
+      complement_weight: weight of the term `complement`, unless the configuration has another.
     """
 
     area: Callable[[jax.Array, float], jax.Array] = area
     variation: Callable[[jax.Array], jax.Array] = variation
     scaled: bool = False
-    complement: bool = False
+    complement_weight: float = 0.0
 
 
 RECIPES = {
     "paper": Recipe(),
     "reference": Recipe(reference_area, reference_variation),
     "scaled": Recipe(scaled=True),
-    "complement": Recipe(scaled=True, complement=True),
+    "complement": Recipe(scaled=True, complement_weight=0.5),
 }
 if TYPE_CHECKING:
     RecipeName = str
@@ -120,17 +119,25 @@ class LossConfig:
     """Lambda 3."""
     area_exponent: float = 0.3
     """Lambda 4."""
-    complement_weight: float = 0.5
-    """Weight of -log(1 - p) of the class in the image that is masked by 1 - E, for the recipe
-    complement."""
+    complement_weight: float | None = None
+    """Weight of -log(1 - p) of the class in the image that is masked by 1 - E. More than 0 takes one
+    more pass through the classifier and its gradient. By default it is that of the recipe: 0.5 for
+    complement, and 0 for the others."""
 
     def __post_init__(self):
         weights = ("cross_entropy", "regulariser", "variation", "complement")
         for name in (f"{weight}_weight" for weight in weights):
-            if not 0 <= (weight := getattr(self, name)) < math.inf:
+            weight = getattr(self, name)
+            if weight is not None and not 0 <= weight < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, not {weight}")
         if not 0 < self.area_exponent < math.inf:
             raise ValueError(f"area_exponent must be positive and finite, not {self.area_exponent}")
+
+    def resolved(self) -> "LossConfig":
+        """The same loss, with the recipe's weights in the place of those that are None."""
+        if self.complement_weight is not None:
+            return self
+        return dataclasses.replace(self, complement_weight=RECIPES[self.recipe].complement_weight)
 
 
 def total_loss(
@@ -146,9 +153,9 @@ def total_loss(
       entropies: ``[B]``, the masked images' `cross_entropy` against the model truth.
       config: recipe and weights.
       complements: ``[B]``, `complement` of the model truth in the images that are masked by 1 minus
-        their maps; None for a recipe without this term.
+        their maps; None if the weight of this term is 0.
     """
-    recipe = RECIPES[config.recipe]
+    config, recipe = config.resolved(), RECIPES[config.recipe]
     terms = {
         "cross_entropy": entropies.mean(),
         "area": recipe.area(maps, config.area_exponent),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import operator
 import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -222,7 +223,7 @@ def check_digest(folder: epath.Path, name: str, item: Any) -> None:
         raise Damaged(f"its {name} is not what was saved")
 
 
-ARCHITECTURE = ("backbone", "backbone_config", "variant", "scale_features")
+ARCHITECTURE = ("backbone", "backbone_config", "variant", "scale_features", "loss.recipe")
 """The settings of a run that must not change once it has a checkpoint."""
 
 
@@ -234,8 +235,7 @@ def digests_of(items: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
 
 def _architecture(config: TrainConfig) -> dict[str, Any]:
     """The settings that define the model. Of a backbone's file only its name, since a run can move."""
-    settings = {name: getattr(config, name) for name in ARCHITECTURE}
-    settings["loss.recipe"] = config.loss.recipe
+    settings = {name: operator.attrgetter(name)(config) for name in ARCHITECTURE}
     if file := file_of(config.backbone):
         settings["backbone"] = Path(file[0]).name + file[1]
     return settings

@@ -22,6 +22,8 @@ from ttame_jax.convert.export import run_to_torch
 from ttame_jax.convert.pytorch.torch_import import import_torchvision
 from ttame_jax.convert.timm_table import randomise
 from ttame_jax.convert.verify import random_images
+from ttame_jax.files import read_safetensors, write_safetensors
+from ttame_jax.losses import LossConfig
 from ttame_jax.runs import build_attention, load_attention, load_config
 from ttame_jax.weights import abstract_backbone
 from ttame_jax.weights.transfer import to_torch
@@ -411,3 +413,21 @@ def test_our_own_attention_file_is_read_too(written, tmp_path):
     images = random_images(224, 1)
     first, second = (load_explainer(tmp_path / name)(images, 0) for name in ("run", "again"))
     np.testing.assert_array_equal(first.maps, second.maps)
+
+
+def test_our_own_attention_file_keeps_the_loss_recipe(make_run, written, tmp_path):
+    make_run(tmp_path / "run", "resnet18", loss=LossConfig("complement"))
+    run_to_torch(tmp_path / "run", tmp_path / "files")
+    weights = str(tmp_path / "files" / "backbone.torchvision.safetensors")
+    path = tmp_path / "files" / "attention.safetensors"
+    assert from_reference(path, tmp_path / "again", weights).loss.recipe == "complement"
+    images = random_images(224, 1)
+    first, second = (load_explainer(tmp_path / name)(images, 0) for name in ("run", "again"))
+    np.testing.assert_array_equal(first.maps, second.maps)
+    state, metadata = read_safetensors(path)
+    write_safetensors(path, state, metadata | {"loss_recipe": '"of_tomorrow"'})
+    with pytest.raises(ValueError, match="has loss_recipe 'of_tomorrow'; there are paper, ref"):
+        from_reference(path, tmp_path / "other", weights)
+    del metadata["loss_recipe"]  # a file of an earlier version
+    write_safetensors(path, state, metadata)
+    assert from_reference(path, tmp_path / "old", weights).loss.recipe == "reference"

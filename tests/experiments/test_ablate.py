@@ -168,6 +168,10 @@ def test_recipes_and_weights_of_the_loss_are_changed_one_at_a_time():
     (axis, _), _ = _axes(config, Ablation(over=(("loss",),)))
     assert axis.settings[0].label == "recipe complement"
     assert dict(axis.settings[-1].values) == {"loss.complement_weight": 1.0}
+    config = dataclasses.replace(config, loss=LossConfig(variation_weight=0, complement_weight=0.2))
+    (axis, _), _ = _axes(config, Ablation(over=(("loss",),)))
+    labels = [setting.label for setting in axis.settings]
+    assert labels[-1] == "complement_weight 0.4" and not any("variation" in x for x in labels)
 
 
 def figures(drop):

@@ -37,12 +37,13 @@ SLOW = ("efficientnet_b0", "timm:convnextv2_atto", "swin_t", "densenet121")
 
 @pytest.fixture(scope="module")
 def make_explainer(random_backbone):
-    def make(name, method="ttame", **options):
+    def make(name, method="ttame", sigmoid_maps=False, **options):
         backbone = random_backbone(name, **BACKBONES[name], **options)
         channels = [shape[-1] for shape in backbone.feature_shapes()]
-        attention = randomised(
-            nnx.eval_shape(lambda: AttentionMechanism(channels, 5, rngs=nnx.Rngs(0))), seed=1
+        abstract = nnx.eval_shape(
+            lambda: AttentionMechanism(channels, 5, sigmoid_maps=sigmoid_maps, rngs=nnx.Rngs(0))
         )
+        attention = randomised(abstract, seed=1)
         if method != "ttame":
             return Explainer(load_method(method, backbone))
         return Explainer(TTAME(backbone, attention), list("abcde"))
@@ -98,6 +99,17 @@ def test_an_exported_explainer_computes_the_same(name, format, make_explainer, t
         pytest.importorskip("onnx")
     with jax.default_matmul_precision("highest"):
         check(make_explainer(name), *FORMATS[format], tmp_path)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_scaled_sigmoids_are_exported(format, make_explainer, tmp_path):
+    if format == "onnx":
+        pytest.importorskip("onnx")
+    explainer = make_explainer("vit", sigmoid_maps=True)
+    image = np.random.default_rng(0).random((1, 32, 32, 3), np.float32)
+    assert not np.allclose(explainer(image).maps, make_explainer("vit")(image).maps, atol=0.01)
+    with jax.default_matmul_precision("highest"):
+        check(explainer, *FORMATS[format], tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def ablate(config: TrainConfig, ablation: Ablation) -> list["Result"]:
             if all(result.diverged and not result.figures for result in results.values()):
                 raise Failure("every run diverged: try a lower --learning-rate")
             if jax.process_index() == 0:
-                print((config.output / "ablation.md").read_text())
+                print(report([*results.values()]))
     return [*results.values()]
 
 
@@ -209,15 +209,13 @@ def _axes(config: TrainConfig, ablation: Ablation) -> tuple[list[Axis], list[Mas
 
 
 def _loss_axis(config: TrainConfig) -> Axis:
-    """All recipes, and half and twice each weight of the configured one, one at a time."""
+    """All recipes, and half and twice each weight of the configured one that is not 0."""
     own = config.loss.recipe
     recipes = [own, *(recipe for recipe in RECIPES if recipe != own)]
     settings = [Setting(f"recipe {recipe}", {"loss.recipe": recipe}) for recipe in recipes]
-    for name, value in vars(config.loss).items():
-        if name == "recipe" or name == "complement_weight" and not RECIPES[own].complement:
-            continue
-        for factor in FACTORS:
-            changed = value * factor
+    weights = {k: x for k, x in vars(config.loss.resolved()).items() if k != "recipe" and x}
+    for name, value in weights.items():
+        for changed in (value * factor for factor in FACTORS):
             settings.append(Setting(f"{name} {changed:g}", {f"loss.{name}": changed}))
     return Axis("loss", tuple(settings))
 
@@ -272,10 +270,7 @@ def _write(results: Sequence[Result], output: Path) -> None:
         return
     write_atomically(output / "ablation.csv", comma_separated(measured))
     write_atomically(output / "ablation.tex", latex(measured))
-    text = markdown(results)
-    if changes := differences(measured):
-        text += f"\nDifferences from the first setting:\n\n{changes}"
-    write_atomically(output / "ablation.md", text)
+    write_atomically(output / "ablation.md", report(results))
     figure = draw(measured)
     for suffix in ("png", "svg"):
         save_figure(figure, output / f"ablation.{suffix}")
@@ -303,6 +298,14 @@ def _lines(results: Sequence[Result], mark: tables.Cell) -> list[list[str]]:
 
 def _title(name: str) -> str:
     return name.replace("_", " ").replace("backbone config.", "")
+
+
+def report(results: Sequence[Result]) -> str:
+    """The tables `markdown` and `differences`, of at least one setting that has been measured."""
+    text = markdown(results)
+    if changes := differences([x for x in results if x.figures]):
+        text += f"\nDifferences from the first setting:\n\n{changes}"
+    return text
 
 
 def markdown(results: Sequence[Result]) -> str:

@@ -93,8 +93,8 @@ def largest_fitting(
         if len(fitting) > 1:
             small = fitting[-2]
             slope = (shares[best] - shares[small]) / (best - small)
-            left = [size for size in left if shares[best] + slope * (size - best) <= 1]
-            left = [size for size in left if size <= GROWTH * best]
+            most = min(GROWTH * best, best + (1 - shares[best]) / slope if slope > 0 else math.inf)
+            left = [size for size in left if size <= most]
         if not left:
             return (best, shares[best]) if fitting else (None, shares[sizes[0]])
         shares[left[-1]] = share(left[-1])

@@ -62,7 +62,7 @@ def make_train_step(
     Returns:
       ``step(state, backbone_state, images) -> (state, metrics)``; ``images`` uint8
       ``[B, H, W, 3]`` sharded on the batch, ``backbone_state`` from ``nnx.split(backbone)``,
-      ``metrics`` scalars (loss, cross_entropy, area, variation, and complement if the recipe has it).
+      ``metrics`` scalars (loss, cross_entropy, area, variation, and complement if it has a weight).
       The state is donated.
     """
     graphs = nnx.graphdef(backbone), nnx.graphdef(attention)
@@ -79,7 +79,7 @@ def _compiled(
     loss_config: LossConfig,
     synchronise: bool,
 ) -> jax.stages.Wrapped:
-    recipe = RECIPES[loss_config.recipe]
+    loss_config, recipe = loss_config.resolved(), RECIPES[loss_config.recipe]
 
     def loss_fn(params, batch_stats, backbone_state, images):
         classify = nnx.merge(backbone_graph, backbone_state)
@@ -96,7 +96,7 @@ def _compiled(
         own = jax.lax.dynamic_slice_in_dim(maps, first, len(classes), axis=1)
         masks = upsample(jnp.einsum("bbhw->bhw", own), images.shape[1:3])
         judge = functools.partial(_judge_masked, classify, images, classes, masking)
-        complements = judge(1 - masks, complement) if recipe.complement else None
+        complements = judge(1 - masks, complement) if loss_config.complement_weight else None
         loss, terms = total_loss(maps, judge(masks, cross_entropy), loss_config, complements)
         return loss, ({"loss": loss, **terms}, nnx.state(mechanism, nnx.BatchStat))
 
