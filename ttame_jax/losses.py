@@ -166,5 +166,5 @@ def total_loss(
     loss += config.regulariser_weight * regulariser
     if complements is not None:
         terms["complement"] = complements.mean()
-        loss += config.complement_weight * terms["complement"]
+        loss += (config.complement_weight or 0.0) * terms["complement"]
     return loss, terms
