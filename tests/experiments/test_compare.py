@@ -154,3 +154,26 @@ def test_two_comparisons_do_not_share_an_output(run, tmp_path, refusal):
     with locked(tmp_path):
         status, said = refusal(["compare", "--run", run, "--output", tmp_path])
     assert status == 1 and "another process is writing to" in said
+
+
+def test_runs_of_the_same_variant_are_told_apart(run, tmp_path, refusal):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    config, attention = load_config(run), load_run(run).attention
+    attention.fusion.kernel[...] *= -1
+    shutil.rmtree(other / "checkpoints")
+    save_attention(other, attention, 5, config)
+    words = ["--pictures", "2", "--measures", "ad,ic", "--methods", "gradcam,ttame"]
+    compare(run, tmp_path / "out", *words, "--run", str(run), str(other))
+    head = (tmp_path / "out" / "table_ad_ic.md").read_text().splitlines()[0]
+    assert head == f"| measure | Grad-CAM | T-TAME, {run.name} | T-TAME, other |"
+    first, second = (
+        json.loads((tmp_path / "out" / f"ttame-{name}.json").read_text())
+        for name in (run.name, "other")
+    )
+    assert first["AD"] != second["AD"]
+    compare(run, tmp_path / "alone", *words, "--methods", "ttame")
+    assert json.loads((tmp_path / "alone" / "ttame.json").read_text())["AD"] == first["AD"]
+    words = ["--run", str(run), str(run), "--output", str(tmp_path / "same")]
+    status, said = refusal(["compare", *words])
+    assert status == 2 and f"two runs would be named ttame-{run.name}" in said

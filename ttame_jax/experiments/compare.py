@@ -1,6 +1,7 @@
 """`ttame compare`: explanation methods side by side on one backbone (Tables II to V, Fig. 15)."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,8 @@ class CompareConfig(EvaluationOptions):
     """The methods to compare, with images and metrics."""
 
     run: tuple[Path, ...]
-    """Folder of a T-TAME run. More runs of the same backbone add their variants, such as lcam."""
+    """Folder of a T-TAME run. More runs of the same backbone are compared with it. The method of a run
+    is its variant, such as ttame or lcam, or VARIANT-FOLDER if several runs have that variant."""
     output: Path
     """Folder for METHOD.json, the tables, the curves and the picture."""
     methods: Annotated[
@@ -82,7 +84,7 @@ def compare(config: CompareConfig) -> dict[str, dict]:
       ``{method: figures}`` of the evaluated methods.
 
     Raises:
-      ValueError: the runs are of different backbones.
+      ValueError: the runs are of different backbones, or two of them have the same name.
       Failure: every method fails, or another process writes to the output.
       FileNotFoundError: a run, the images or the weights are missing.
     """
@@ -126,25 +128,30 @@ class Comparison:
                 f"the runs explain different backbones: {', '.join(sorted(backbones))}"
             )
         self.backbone: Backbone = runs[0].backbone
-        self.attentions: dict[str, AttentionMechanism] = {
-            run.attention.variant: run.attention for run in runs
-        }
+        self.attentions = _by_name(config.run, [run.attention for run in runs])
         self.setup = EvaluationSetup(config, runs[0])
         self.names = self._names()
 
     def _names(self) -> list[str]:
-        own = [name for name in self.attentions if name not in list_methods()]
-        known = [*list_methods(), *own]
+        own = [one.variant for one in self.attentions.values()]
+        all_names = [*list_methods(), *(name for name in own if name not in list_methods())]
+        known = list(dict.fromkeys(itertools.chain(*map(self._named, all_names))))
         options = {option.partition(".")[0] for option in self.config.method_config}
         for flag, names in (("--limits", self.config.limits), ("--method-config", options)):
             if unknown := sorted(name for name in names if name not in known):
                 raise ValueError(
                     f"{flag} has unknown method {', '.join(unknown)}; there are {', '.join(known)}"
                 )
-        names = known if self.config.methods == ALL else list(self.config.methods)
+        names = known
+        if self.config.methods != ALL:
+            names = list(dict.fromkeys(itertools.chain(*map(self._named, self.config.methods))))
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"unknown method {', '.join(unknown)}; there are {', '.join(known)}")
         return [name for name in names if not (self.config.quick and self._is_slow(name))]
+
+    def _named(self, name: str) -> list[str]:
+        """The methods that a name stands for: those of all runs of a variant."""
+        return [k for k, one in self.attentions.items() if one.variant == name] or [name]
 
     def _is_slow(self, name: str) -> bool:
         try:
@@ -159,7 +166,11 @@ class Comparison:
             for option, value in self.config.method_config.items()
             if option.partition(".")[0] == name
         }
-        return load_method(name, self.backbone, self.attentions.get(name), **options)
+        attention = self.attentions.get(name)
+        kind = attention.variant if attention else name
+        method = load_method(kind, self.backbone, attention, **options)
+        method.name = name
+        return method
 
     def evaluate(self, name: str) -> dict:
         """The figures of a method, from its file if that has the same settings."""
@@ -190,6 +201,7 @@ class Comparison:
             del settings[field]
         own = {k: v for k, v in self.config.method_config.items() if k.startswith(f"{name}.")}
         settings |= {
+            "run": self.config.run[0],
             "method": name,
             "limit_of_method": self.config.limits.get(name),
             "own": own,
@@ -233,6 +245,20 @@ class Comparison:
         path = self.config.output / "maps.png"
         save_figure(explanation_grid(pictures, rows, titles), path)
         print(path)
+
+
+def _by_name(
+    folders: Sequence[Path], attentions: Sequence[AttentionMechanism]
+) -> dict[str, AttentionMechanism]:
+    """The attention mechanisms of runs by the names of their methods."""
+    variants = [attention.variant for attention in attentions]
+    names = [
+        variant if variants.count(variant) == 1 else f"{variant}-{folder.resolve().name}"
+        for variant, folder in zip(variants, folders)
+    ]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two runs would be named {twice[0]}: rename the folder of one of them")
+    return dict(zip(names, attentions))
 
 
 @nnx.jit

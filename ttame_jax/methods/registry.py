@@ -16,8 +16,12 @@ def list_methods() -> list[str]:
 
 
 def method_title(name: str) -> str:
-    """The name of a method in tables and figures; other names are returned unchanged."""
-    return REGISTERED[name].title if name in REGISTERED else name
+    """The name of a method in tables and figures; other names are returned unchanged.
+
+    A dash separates the name of a method from that of a run: ``ttame-seed_1`` is "T-TAME, seed_1".
+    """
+    method, *run = name.split("-", 1)
+    return ", ".join([REGISTERED[method].title if method in REGISTERED else method, *run])
 
 
 def load_method(
