@@ -45,7 +45,8 @@ class CompareConfig(EvaluationOptions):
 
     run: tuple[Path, ...]
     """Folder of a T-TAME run. More runs of the same backbone are compared with it. The method of a run
-    is its variant, such as ttame or lcam, or VARIANT-FOLDER if several runs have that variant."""
+    is its variant, such as ttame or lcam, or VARIANT-FOLDER if several runs have that variant. If
+    their folders have the same name, those above are added."""
     output: Path
     """Folder for METHOD.json, the tables, the curves and the picture."""
     methods: Annotated[
@@ -84,7 +85,7 @@ def compare(config: CompareConfig) -> dict[str, dict]:
       ``{method: figures}`` of the evaluated methods.
 
     Raises:
-      ValueError: the runs are of different backbones, or two of them have the same name.
+      ValueError: the runs are of different backbones, or a run is given twice.
       Failure: every method fails, or another process writes to the output.
       FileNotFoundError: a run, the images or the weights are missing.
     """
@@ -251,13 +252,15 @@ def _by_name(
     folders: Sequence[Path], attentions: Sequence[AttentionMechanism]
 ) -> dict[str, AttentionMechanism]:
     """The attention mechanisms of runs by the names of their methods."""
-    variants = [attention.variant for attention in attentions]
-    names = [
-        variant if variants.count(variant) == 1 else f"{variant}-{folder.resolve().name}"
-        for variant, folder in zip(variants, folders)
-    ]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"two runs would be named {twice[0]}: rename the folder of one of them")
+    paths = [folder.absolute() for folder in folders]
+    if twice := [path for path in paths if paths.count(path) > 1]:
+        raise ValueError(f"--run {twice[0]} is given twice: give each run once")
+    names = [attention.variant for attention in attentions]
+    for count in range(1, max(len(path.parts) for path in paths)):
+        shared = {name for name in names if names.count(name) > 1}
+        for i, (path, attention) in enumerate(zip(paths, attentions)):
+            if names[i] in shared:
+                names[i] = f"{attention.variant}-{'_'.join(path.parts[-count:])}"
     return dict(zip(names, attentions))
 
 
