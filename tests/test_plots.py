@@ -4,7 +4,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ttame_jax.plots import Panel, explanation_grid, inline_svg, picture_grid, save_figure
+from ttame_jax.plots import (
+    Panel,
+    explanation_grid,
+    inline_svg,
+    line_style,
+    picture_grid,
+    save_figure,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -96,3 +103,7 @@ def test_all_text_lies_on_the_figure():
     for text in texts:
         box = text.get_window_extent()
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, text
+
+
+def test_lines_of_a_plot_can_be_told_apart():
+    assert len({tuple(line_style(i).values()) for i in range(64)}) == 64

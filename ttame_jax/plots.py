@@ -23,11 +23,15 @@ DASHES = ("-", "--", "-.", ":")
 
 
 def line_style(i: int) -> dict[str, str]:
-    """Matplotlib's colour, marker and line style for the i-th line of a plot."""
+    """Matplotlib's colour, marker and line style for the i-th line of a plot.
+
+    The first 64 differ, since markers and dashes are shifted where the colours begin again.
+    """
+    shifted = i + i // len(COLOURS)
     return {
         "color": COLOURS[i % len(COLOURS)],
-        "marker": MARKERS[i % len(MARKERS)],
-        "linestyle": DASHES[i % len(DASHES)],
+        "marker": MARKERS[shifted % len(MARKERS)],
+        "linestyle": DASHES[shifted % len(DASHES)],
     }
 
 

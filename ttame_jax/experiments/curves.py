@@ -2,8 +2,10 @@
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -57,7 +59,8 @@ def _figures(path: Path) -> dict:
 
 def draw(lines: Mapping[str, Mapping]) -> Figure:
     """Draws MoRF and LeRF side by side, from `{name: figures}`."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    height = 3.4 + 0.2 * math.ceil(len(lines) / 2)  # the legend is below, in two columns
+    figure = Figure(figsize=(9, height), layout="constrained")
     for axes, (order, title) in zip(figure.subplots(1, 2, sharey=True), ORDERS.items()):
         for i, (name, line) in enumerate(zip(titles(list(lines.values())), lines.values())):
             road = dict(line["ROAD"][order])
@@ -65,7 +68,8 @@ def draw(lines: Mapping[str, Mapping]) -> Figure:
             axes.plot([int(v) for v in road], list(road.values()), **line_style(i), label=label)
         axes.set(title=f"{order}: {title}", xlabel="removed pixels, %")
         axes.grid(alpha=0.3)
-        for text in axes.legend(title="mean", fontsize=8).get_texts():
+        place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18), "ncols": 2}
+        for text in axes.legend(title="mean", fontsize=8, **place).get_texts():
             text.set_parse_math(False)
     figure.axes[0].set_ylabel("confidence, %")
     figure.axes[0].set_ylim(bottom=0)  # of both axes, after all lines are drawn
