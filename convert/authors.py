@@ -87,7 +87,7 @@ class Checkpoint:
     body: Tensors
     hyper_parameters: dict[str, Any]
     step: int
-    recipe: str
+    recipe: str = "reference"
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -7,6 +7,7 @@ import runpy
 import socket
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -124,8 +125,17 @@ class Launcher:
 def wait_for_steps(output: Path, steps: int, *processes: Started) -> None:
     """Waits until a run has logged so many steps."""
     log = output / "metrics.jsonl"
+    _wait(lambda: log.exists() and len(log.read_text().splitlines()) > steps, processes)
+
+
+def wait_for_checkpoint(output: Path, step: int, *processes: Started) -> None:
+    """Waits until a run has finished the checkpoint of a step, which is written behind the steps."""
+    _wait((output / "checkpoints" / str(step)).exists, processes)
+
+
+def _wait(condition: Callable[[], bool], processes: Sequence[Started]) -> None:
     deadline = time.monotonic() + 120
-    while not (log.exists() and len(log.read_text().splitlines()) > steps):
+    while not condition():
         for process in processes:
             assert process.poll() is None, process.log.read_text()
         assert time.monotonic() < deadline

@@ -10,7 +10,14 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from launch import Launcher, fellows, free_port, train_command, wait_for_steps
+from launch import (
+    Launcher,
+    fellows,
+    free_port,
+    train_command,
+    wait_for_checkpoint,
+    wait_for_steps,
+)
 from tiny import training
 
 from ttame_jax import load_explainer
@@ -93,7 +100,7 @@ def test_two_processes_end_when_either_is_killed_and_resume(
 ):
     output = tmp_path / "run"
     processes = start_two(launcher, dataset, output)
-    wait_for_steps(output, 12, *processes)
+    wait_for_checkpoint(output, 10, *processes)
     processes[killed].kill()
     other = processes[1 - killed]
     assert other.wait(20) != 0  # heartbeats are missed after 10 s
