@@ -54,9 +54,11 @@ MASKING: dict[str, Masking] = {
 
 BACKBONE_FILE = "backbone.safetensors"
 
+REFERENCE = "reference"
+"""The loss recipe of the authors' code."""
+
 LOSS_RECIPE = "loss_recipe"
-METADATA = ("hyper_parameters", LOSS_RECIPE)
-"""The JSON values in the metadata of a `.safetensors` that `to-torch` wrote."""
+"""The metadata of a `.safetensors` that `to-torch` wrote: what the authors' code does not have."""
 
 
 def attention_table(attention: AttentionMechanism) -> Table:
@@ -87,7 +89,7 @@ class Checkpoint:
     body: Tensors
     hyper_parameters: dict[str, Any]
     step: int
-    recipe: str = "reference"
+    recipe: str = REFERENCE
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -102,12 +104,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise FileNotFoundError(f"no checkpoint {path}")
     if path.suffix == ".safetensors":
         state, metadata = read_safetensors(path)
-        content = {key: json.loads(metadata.get(key, "null")) for key in METADATA}
+        content = {"hyper_parameters": json.loads(metadata.get("hyper_parameters", "null"))}
+        recipe = metadata.get(LOSS_RECIPE, REFERENCE)
+        if recipe not in RECIPES:
+            known = ", ".join(RECIPES)
+            raise ValueError(f"{path} has {LOSS_RECIPE} {recipe!r}; there are {known}")
     else:
         content = read_torch(path)
         if not isinstance(content, dict):
             raise ValueError(f"{path} is not a Lightning checkpoint: it holds no dict")
         state = numpy_state(checked_state(content.get("state_dict"), path))
+        recipe = REFERENCE
     attention = {
         key.partition(ATTENTION)[2].removeprefix("1."): value
         for key, value in state.items()
@@ -123,9 +130,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
     body = {key: value for key, value in state.items() if key.startswith(BODY)}
     counters = [int(value) for key, value in attention.items() if key.endswith(COUNTER)]
     step = max(counters, default=content.get("global_step", 0))
-    recipe = content.get(LOSS_RECIPE) or "reference"
-    if recipe not in RECIPES:
-        raise ValueError(f"{path} has {LOSS_RECIPE} {recipe!r}; there are {', '.join(RECIPES)}")
     return Checkpoint(path, attention, body, hyper_parameters, step, recipe)
 
 

@@ -12,7 +12,7 @@ from ttame_jax.runs import load_run
 from ttame_jax.weights.transfer import export, layouts, to_torch
 
 from .authors import (
-    METADATA,
+    LOSS_RECIPE,
     attention_state,
     attention_table,
     hyper_parameters,
@@ -58,8 +58,8 @@ def run_to_torch(
     state = attention_state(backbone, attention, run.step)
     lines = []
     with new_folder(output) as folder:
-        values = dict(zip(METADATA, (settings, run.config.loss.recipe)))
-        metadata = {"format": "pt", **{key: json.dumps(value) for key, value in values.items()}}
+        metadata = {"format": "pt", "hyper_parameters": json.dumps(settings)}
+        metadata[LOSS_RECIPE] = run.config.loss.recipe
         write_safetensors(folder / "attention.safetensors", state, metadata)
         lines.append("attention.safetensors: the attention under the authors' names")
         if reason := obstacle(run.config, backbone):

@@ -133,11 +133,12 @@ class LossConfig:
         if not 0 < self.area_exponent < math.inf:
             raise ValueError(f"area_exponent must be positive and finite, not {self.area_exponent}")
 
-    def resolved(self) -> "LossConfig":
-        """The same loss, with the recipe's weights in the place of those that are None."""
+    @property
+    def resolved_complement_weight(self) -> float:
+        """The weight of the term `complement`: the configured one, or else the recipe's."""
         if self.complement_weight is not None:
-            return self
-        return dataclasses.replace(self, complement_weight=RECIPES[self.recipe].complement_weight)
+            return self.complement_weight
+        return RECIPES[self.recipe].complement_weight
 
 
 def total_loss(
@@ -155,7 +156,7 @@ def total_loss(
       complements: ``[B]``, `complement` of the model truth in the images that are masked by 1 minus
         their maps; None if the weight of this term is 0.
     """
-    config, recipe = config.resolved(), RECIPES[config.recipe]
+    recipe = RECIPES[config.recipe]
     terms = {
         "cross_entropy": entropies.mean(),
         "area": recipe.area(maps, config.area_exponent),
@@ -166,5 +167,5 @@ def total_loss(
     loss += config.regulariser_weight * regulariser
     if complements is not None:
         terms["complement"] = complements.mean()
-        loss += (config.complement_weight or 0.0) * terms["complement"]
+        loss += config.resolved_complement_weight * terms["complement"]
     return loss, terms

@@ -415,7 +415,7 @@ def test_our_own_attention_file_is_read_too(written, tmp_path):
     np.testing.assert_array_equal(first.maps, second.maps)
 
 
-def test_our_own_attention_file_keeps_the_loss_recipe(make_run, written, tmp_path):
+def test_our_own_attention_file_keeps_the_loss_recipe(make_run, tmp_path):
     make_run(tmp_path / "run", "resnet18", loss=LossConfig("complement"))
     run_to_torch(tmp_path / "run", tmp_path / "files")
     weights = str(tmp_path / "files" / "backbone.torchvision.safetensors")
@@ -425,7 +425,7 @@ def test_our_own_attention_file_keeps_the_loss_recipe(make_run, written, tmp_pat
     first, second = (load_explainer(tmp_path / name)(images, 0) for name in ("run", "again"))
     np.testing.assert_array_equal(first.maps, second.maps)
     state, metadata = read_safetensors(path)
-    write_safetensors(path, state, metadata | {"loss_recipe": '"of_tomorrow"'})
+    write_safetensors(path, state, metadata | {"loss_recipe": "of_tomorrow"})
     with pytest.raises(ValueError, match="has loss_recipe 'of_tomorrow'; there are paper, ref"):
         from_reference(path, tmp_path / "other", weights)
     del metadata["loss_recipe"]  # a file of an earlier version

@@ -157,28 +157,22 @@ def test_two_comparisons_do_not_share_an_output(run, tmp_path, refusal):
 
 
 def test_runs_of_the_same_variant_are_told_apart(run, tmp_path, refusal):
-    other = tmp_path / "of_another_recipe" / run.name
-    shutil.copytree(run, other)
+    first, second = tmp_path / "paper" / "seed_0", tmp_path / "scaled" / "seed_0"
+    shutil.copytree(run, first)
+    shutil.copytree(run, second)
     config, attention = load_config(run), load_run(run).attention
     attention.fusion.kernel[...] *= -1
-    shutil.rmtree(other / "checkpoints")
-    save_attention(other, attention, 5, config)
+    shutil.rmtree(second / "checkpoints")
+    save_attention(second, attention, 5, config)
     words = ["--pictures", "2", "--measures", "ad,ic", "--methods", "gradcam,ttame"]
-    compare(run, tmp_path / "out", *words, "--run", str(run), str(other))
+    compare(run, tmp_path / "out", *words, "--run", str(first), str(second))
     head = (tmp_path / "out" / "table_ad_ic.md").read_text().splitlines()[0]
-    names = [f"{folder.parent.name}_{folder.name}" for folder in (run, other)]
-    assert head == f"| measure | Grad-CAM | T-TAME, {names[0]} | T-TAME, {names[1]} |"
-    first, second = (
-        json.loads((tmp_path / "out" / f"ttame-{name}.json").read_text()) for name in names
-    )
-    assert first["AD"] != second["AD"]
+    assert head == "| measure | Grad-CAM | T-TAME, paper_seed_0 | T-TAME, scaled_seed_0 |"
+    names = ("ttame-paper_seed_0", "ttame-scaled_seed_0")
+    drops = [json.loads((tmp_path / "out" / f"{name}.json").read_text())["AD"] for name in names]
+    assert drops[0] != drops[1]
     compare(run, tmp_path / "alone", *words, "--methods", "ttame")
-    assert json.loads((tmp_path / "alone" / "ttame.json").read_text())["AD"] == first["AD"]
-    renamed = other.rename(other.with_name("renamed"))
-    words = ["--run", str(run), str(renamed), "--pictures", "0", "--measures", "ad,ic"]
-    compare(run, tmp_path / "short", *words, "--methods", "ttame")
-    head = (tmp_path / "short" / "table_ad_ic.md").read_text().splitlines()[0]
-    assert head == f"| measure | T-TAME, {run.name} | T-TAME, renamed |"
+    assert json.loads((tmp_path / "alone" / "ttame.json").read_text())["AD"] == drops[0]
     words = ["--run", str(run), str(run), "--output", str(tmp_path / "same")]
     status, said = refusal(["compare", *words])
-    assert status == 2 and f"--run {run} is given twice" in said
+    assert status == 2 and f"two runs would be named ttame-{run.name}: give each run once" in said

@@ -2,7 +2,7 @@ import pytest
 from flax import nnx
 
 from ttame_jax.attention import AttentionMechanism
-from ttame_jax.methods import list_methods, load_method
+from ttame_jax.methods import list_methods, load_method, method_title
 from ttame_jax.weights import load_backbone
 
 pytestmark = pytest.mark.quick
@@ -50,3 +50,16 @@ def test_what_does_not_fit_is_refused_in_a_line(name, variant, config, message, 
     with pytest.raises(ValueError, match=message) as error:
         load_method(name, cnn, attention, **config)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("gradcam++", "Grad-CAM++"),
+        ("ttame-seed-1", "T-TAME, seed-1"),
+        ("no_skip-a", "no_skip-a"),
+        ("my-own", "my-own"),
+    ],
+)
+def test_titles_name_the_method_and_the_run(name, title):
+    assert method_title(name) == title

@@ -213,9 +213,10 @@ def _loss_axis(config: TrainConfig) -> Axis:
     own = config.loss.recipe
     recipes = [own, *(recipe for recipe in RECIPES if recipe != own)]
     settings = [Setting(f"recipe {recipe}", {"loss.recipe": recipe}) for recipe in recipes]
-    weights = {k: x for k, x in vars(config.loss.resolved()).items() if k != "recipe" and x}
+    weights = vars(config.loss) | {"complement_weight": config.loss.resolved_complement_weight}
+    del weights["recipe"]
     for name, value in weights.items():
-        for changed in (value * factor for factor in FACTORS):
+        for changed in (value * factor for factor in FACTORS if value):
             settings.append(Setting(f"{name} {changed:g}", {f"loss.{name}": changed}))
     return Axis("loss", tuple(settings))
 

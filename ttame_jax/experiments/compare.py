@@ -1,9 +1,9 @@
 """`ttame compare`: explanation methods side by side on one backbone (Tables II to V, Fig. 15)."""
 
 import dataclasses
-import itertools
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,8 +45,7 @@ class CompareConfig(EvaluationOptions):
 
     run: tuple[Path, ...]
     """Folder of a T-TAME run. More runs of the same backbone are compared with it. The method of a run
-    is its variant, such as ttame or lcam, or VARIANT-FOLDER if several runs have that variant. If
-    their folders have the same name, those above are added."""
+    is its variant, such as ttame or lcam, or VARIANT-FOLDER if several runs have that variant."""
     output: Path
     """Folder for METHOD.json, the tables, the curves and the picture."""
     methods: Annotated[
@@ -85,7 +84,7 @@ def compare(config: CompareConfig) -> dict[str, dict]:
       ``{method: figures}`` of the evaluated methods.
 
     Raises:
-      ValueError: the runs are of different backbones, or a run is given twice.
+      ValueError: the runs are of different backbones, or two have the same name.
       Failure: every method fails, or another process writes to the output.
       FileNotFoundError: a run, the images or the weights are missing.
     """
@@ -134,25 +133,25 @@ class Comparison:
         self.names = self._names()
 
     def _names(self) -> list[str]:
-        own = [one.variant for one in self.attentions.values()]
-        all_names = [*list_methods(), *(name for name in own if name not in list_methods())]
-        known = list(dict.fromkeys(itertools.chain(*map(self._named, all_names))))
+        trained = [attention.variant for attention in self.attentions.values()]
+        known = self._methods_of([*list_methods(), *trained])
         options = {option.partition(".")[0] for option in self.config.method_config}
         for flag, names in (("--limits", self.config.limits), ("--method-config", options)):
             if unknown := sorted(name for name in names if name not in known):
                 raise ValueError(
                     f"{flag} has unknown method {', '.join(unknown)}; there are {', '.join(known)}"
                 )
-        names = known
-        if self.config.methods != ALL:
-            names = list(dict.fromkeys(itertools.chain(*map(self._named, self.config.methods))))
+        names = known if self.config.methods == ALL else self._methods_of(self.config.methods)
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"unknown method {', '.join(unknown)}; there are {', '.join(known)}")
         return [name for name in names if not (self.config.quick and self._is_slow(name))]
 
-    def _named(self, name: str) -> list[str]:
-        """The methods that a name stands for: those of all runs of a variant."""
-        return [k for k, one in self.attentions.items() if one.variant == name] or [name]
+    def _methods_of(self, names: Iterable[str]) -> list[str]:
+        """The methods that names stand for, each once. A variant stands for all of its runs."""
+        runs = {one.variant: [] for one in self.attentions.values()}
+        for method, attention in self.attentions.items():
+            runs[attention.variant].append(method)
+        return list(dict.fromkeys(method for name in names for method in runs.get(name, [name])))
 
     def _is_slow(self, name: str) -> bool:
         try:
@@ -253,14 +252,18 @@ def _by_name(
 ) -> dict[str, AttentionMechanism]:
     """The attention mechanisms of runs by the names of their methods."""
     paths = [folder.absolute() for folder in folders]
-    if twice := [path for path in paths if paths.count(path) > 1]:
-        raise ValueError(f"--run {twice[0]} is given twice: give each run once")
-    names = [attention.variant for attention in attentions]
-    for count in range(1, max(len(path.parts) for path in paths)):
-        shared = {name for name in names if names.count(name) > 1}
-        for i, (path, attention) in enumerate(zip(paths, attentions)):
-            if names[i] in shared:
-                names[i] = f"{attention.variant}-{'_'.join(path.parts[-count:])}"
+    common = os.path.commonpath([path.parent for path in paths])
+    variants = [attention.variant for attention in attentions]
+    names = [
+        variant
+        if variants.count(variant) == 1
+        else f"{variant}-{'_'.join(path.relative_to(common).parts)}"
+        for variant, path in zip(variants, paths)
+    ]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"two runs would be named {twice[0]}: give each run once, or rename a folder"
+        )
     return dict(zip(names, attentions))
 
 

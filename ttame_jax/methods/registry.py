@@ -20,8 +20,10 @@ def method_title(name: str) -> str:
 
     A dash separates the name of a method from that of a run: ``ttame-seed_1`` is "T-TAME, seed_1".
     """
-    method, *run = name.split("-", 1)
-    return ", ".join([REGISTERED[method].title if method in REGISTERED else method, *run])
+    method, dash, run = name.partition("-")
+    if method not in REGISTERED:
+        return name
+    return f"{REGISTERED[method].title}, {run}" if dash else REGISTERED[method].title
 
 
 def load_method(

@@ -79,7 +79,8 @@ def _compiled(
     loss_config: LossConfig,
     synchronise: bool,
 ) -> jax.stages.Wrapped:
-    loss_config, recipe = loss_config.resolved(), RECIPES[loss_config.recipe]
+    recipe = RECIPES[loss_config.recipe]
+    weight = loss_config.resolved_complement_weight
 
     def loss_fn(params, batch_stats, backbone_state, images):
         classify = nnx.merge(backbone_graph, backbone_state)
@@ -96,7 +97,7 @@ def _compiled(
         own = jax.lax.dynamic_slice_in_dim(maps, first, len(classes), axis=1)
         masks = upsample(jnp.einsum("bbhw->bhw", own), images.shape[1:3])
         judge = functools.partial(_judge_masked, classify, images, classes, masking)
-        complements = judge(1 - masks, complement) if loss_config.complement_weight else None
+        complements = judge(1 - masks, complement) if weight else None
         loss, terms = total_loss(maps, judge(masks, cross_entropy), loss_config, complements)
         return loss, ({"loss": loss, **terms}, nnx.state(mechanism, nnx.BatchStat))
 
