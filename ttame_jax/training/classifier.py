@@ -1,10 +1,11 @@
 """Trains a small classifier on labelled images, for data sets without a published one."""
 
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,35 +19,68 @@ from ttame_jax.data import Source, evaluation_batches
 from ttame_jax.errors import Damaged
 from ttame_jax.files import read_safetensors, write_safetensors
 from ttame_jax.losses import cross_entropy
-from ttame_jax.preprocessing import to_float
+from ttame_jax.preprocessing import Preprocessing, to_float
 from ttame_jax.training.loop import preemption
 
+Model = TypeVar("Model", bound=nnx.Module)
 
-def train_classifier(
-    backbone: Backbone,
-    source: Source,
-    *,
-    epochs: int,
-    batch_size: int = 64,
-    learning_rate: float = 2e-3,
-    shift: int = 3,
-    seed: int = 0,
-    checkpoint: Path | None = None,
-) -> bool:
-    """Trains a backbone in place, with linear warmup over a tenth of the steps and cosine decay.
+Loss = Callable[[Model, tuple[jax.Array, ...], jax.Array, jax.Array], jax.Array]
+"""Of the model, a batch, the share of the training that is done (0 to 1), and a random key."""
 
-    Matrices are trained with Muon, with which small transformers need a third of the steps, and
-    all other parameters with AdamW. BatchNorms keep their running statistics, so they are affine
-    layers here. All images are decoded once and kept in memory.
+
+def train_classifier(backbone: Backbone, source: Source, *, shift: int = 3, **options: Any) -> bool:
+    """Trains a backbone in place on the cross-entropy of its labels.
+
+    BatchNorms keep their running statistics, so they are affine layers here. All images are decoded
+    once and kept in memory.
 
     Args:
       backbone: a randomly initialised classifier.
       source: its labelled images.
-      epochs: passes over the images.
-      batch_size: images per step.
-      learning_rate: peak rate of AdamW; Muon's is ten times that.
       shift: largest random shift of an image in pixels, with wrap-around.
-      seed: of the order of the images and their shifts.
+      **options: those of `fit`.
+
+    Returns:
+      Whether the training is finished. SIGTERM ends it early.
+
+    Raises:
+      KeyboardInterrupt: Ctrl-C.
+    """
+
+    def loss(backbone, batch, progress, key):
+        images, labels = batch
+        shifts = jax.random.randint(key, (len(images), 2), -shift, shift + 1)
+        images = jax.vmap(lambda image, by: jnp.roll(image, by, (0, 1)))(images, shifts)
+        inputs = backbone.preprocessing.standardise(to_float(images))
+        return cross_entropy(backbone(inputs)[0], labels).mean()
+
+    return fit(backbone, loss, decode(source, backbone.preprocessing), **options)
+
+
+def fit(
+    model: Model,
+    loss: Loss[Model],
+    arrays: tuple[np.ndarray, ...],
+    *,
+    epochs: int,
+    batch_size: int = 64,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+) -> bool:
+    """Minimises a loss in place, with linear warmup over a tenth of the steps and cosine decay.
+
+    Matrices are trained with Muon, with which small transformers need a third of the steps, and
+    all other parameters with AdamW.
+
+    Args:
+      model: its `nnx.Param` are trained.
+      loss: a scalar.
+      arrays: the training data, ``[N, ...]`` each.
+      epochs: passes over the data.
+      batch_size: examples per step.
+      learning_rate: peak rate of AdamW; Muon's is ten times that.
+      seed: of the order of the examples and of the keys.
       checkpoint: a file for the state after each epoch, from which an interrupted training
         resumes. It is deleted at the end.
 
@@ -56,33 +90,36 @@ def train_classifier(
     Raises:
       KeyboardInterrupt: Ctrl-C.
     """
-    images, labels = _decode(backbone, source)
-    steps_per_epoch = len(images) // batch_size
-    optimizer = _optimizer(learning_rate, epochs * steps_per_epoch)
-    graph, params, rest = nnx.split(backbone, nnx.Param, ...)
+    steps_per_epoch = len(arrays[0]) // batch_size
+    steps = epochs * steps_per_epoch
+    optimizer = _optimizer(learning_rate, steps)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
     params = jax.tree.map(jnp.copy, params)  # the step donates its copy
     opt_state = optimizer.init(params)
-    step_fn = jax.jit(_make_step(graph, rest, optimizer, shift), donate_argnums=(0, 1))
-    key = jax.random.key(seed)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step_fn(params, opt_state, batch, step):
+        def loss_fn(params):
+            step_key = jax.random.fold_in(jax.random.key(seed), step)
+            return loss(nnx.merge(graph, params, rest), batch, step / steps, step_key)
+
+        updates, opt_state = optimizer.update(jax.grad(loss_fn)(params), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
     done, (params, opt_state) = _restored(checkpoint, (params, opt_state))
-    batches = _batches(len(images), batch_size, epochs, seed)
-    bar = tqdm(
-        total=epochs * steps_per_epoch,
-        initial=done,
-        desc=f"training {backbone.name}",
-        unit="step",
-    )
+    batches = _batches(len(arrays[0]), batch_size, epochs, seed)
+    bar = tqdm(total=steps, initial=done, desc="training the classifier", unit="step")
     with bar, preemption() as preempted:
         for step, chosen in enumerate(itertools.islice(batches, done, None), start=done):
-            step_key = jax.random.fold_in(key, step)
-            params, opt_state = step_fn(params, opt_state, images[chosen], labels[chosen], step_key)
+            batch = tuple(array[chosen] for array in arrays)
+            params, opt_state = step_fn(params, opt_state, batch, np.int32(step))
             bar.update()
             stop = preempted(step)
             if checkpoint and (stop or (step + 1) % steps_per_epoch == 0):
                 _save(checkpoint, step + 1, (params, opt_state))
             if stop:
                 return False
-    nnx.update(backbone, params)
+    nnx.update(model, params)
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
     return True
@@ -115,8 +152,12 @@ def _restored(path: Path | None, state: Any) -> tuple[int, Any]:
     return int(metadata["step"]), jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 
-def _decode(backbone: Backbone, source: Source) -> tuple[np.ndarray, np.ndarray]:
-    batches = list(evaluation_batches(source, backbone.preprocessing, 100))
+def decode(source: Source, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
+    """The centre crops of labelled images, uint8 ``[N, S, S, 3]``, and their labels ``[N]``.
+
+    Unreadable images are left out.
+    """
+    batches = list(evaluation_batches(source, preprocessing, 100))
     valid = np.concatenate([batch["valid"] for batch in batches])
     images, labels = (
         np.concatenate([batch[name] for batch in batches])[valid] for name in ("image", "label")
@@ -129,22 +170,6 @@ def _optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation
     return optax.contrib.muon(
         lambda step: 10 * schedule(step), weight_decay=0.05, adam_learning_rate=schedule
     )
-
-
-def _make_step(graph, rest, optimizer: optax.GradientTransformation, shift: int) -> Callable:
-    def step(params, opt_state, images, labels, key):
-        shifts = jax.random.randint(key, (len(images), 2), -shift, shift + 1)
-        images = jax.vmap(lambda image, by: jnp.roll(image, by, (0, 1)))(images, shifts)
-
-        def loss_fn(params):
-            backbone = nnx.merge(graph, params, rest)
-            inputs = backbone.preprocessing.standardise(to_float(images))
-            return cross_entropy(backbone(inputs)[0], labels).mean()
-
-        updates, opt_state = optimizer.update(jax.grad(loss_fn)(params), opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    return step
 
 
 def accuracy(backbone: Backbone, source: Source, batch_size: int = 100) -> float:
