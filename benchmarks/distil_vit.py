@@ -83,8 +83,7 @@ class Options:
 class Student(nnx.Module):
     """A ViT, and regressions of the teacher's features on the tokens of its last three blocks."""
 
-    def __init__(self, backbone: Backbone, channels: list[int], *, rngs: nnx.Rngs):
-        assert isinstance(backbone, ViT)
+    def __init__(self, backbone: ViT, channels: list[int], *, rngs: nnx.Rngs):
         self.backbone = backbone
         width = backbone.architecture.width
         self.regressions = nnx.List([nnx.Linear(width, size, rngs=rngs) for size in channels])
@@ -120,6 +119,7 @@ def run(options: Options) -> dict:
         class_names=source.class_names,
         **{name: getattr(options, name) for name in sizes},
     )
+    assert isinstance(backbone, ViT)
     if options.start:
         start_from(backbone, options.start)
     size = options.teacher_size
