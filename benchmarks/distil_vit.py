@@ -2,10 +2,11 @@
 
     python benchmarks/distil_vit.py --dataset folder:IMAGENETTE --output vit.safetensors
 
-The patch tokens of the last three blocks also predict the teacher's feature maps (Li et al., ECCV 2022).
-These are computed once per photograph and cropped together with it, like ReLabel's label maps (Yun et
-al., CVPR 2021). Photographs exchange rectangles of patches (CutMix, Yun et al., ICCV 2019). Half of the patches are
-dropped (PatchDropout, Liu et al., WACV 2023) until the last part of the training.
+The patch tokens of the last three blocks also predict the teacher's feature maps (Li et al., ECCV
+2022). These are computed once per photograph and cropped together with it, like ReLabel's label maps
+(Yun et al., CVPR 2021). Photographs exchange rectangles of patches (CutMix, Yun et al., ICCV 2019).
+Half of the patches are dropped (PatchDropout, Liu et al., WACV 2023) until the last part of the
+training.
 """
 
 import dataclasses
@@ -62,19 +63,19 @@ class Options:
     patch_size: int = 16
     """Height and width of its patches."""
     start: Path | None = None
-    """Weights of the same ViT for smaller images and as many patches. By default it starts from random
-    parameters."""
-    width: int = 192
+    """Weights, in timm's layout, of the same ViT for smaller images and as many patches. By default it
+    starts from random parameters."""
+    width: int = 128
     """Width of its tokens."""
     depth: int = 6
     """Number of its blocks."""
-    num_heads: int = 3
+    num_heads: int = 4
     """Attention heads per block."""
-    epochs: int = 60
+    epochs: int = 100
     """Passes over the photographs."""
-    batch_size: int = 128
+    batch_size: int = 64
     """Images per step."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     """Peak learning rate."""
     seed: int = 0
     """Seed of the initial parameters, the order of the photographs and their augmentation."""
