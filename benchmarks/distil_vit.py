@@ -10,6 +10,7 @@ training.
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +31,8 @@ from ttame_jax.training.classifier import accuracy, decode, fit
 from ttame_jax.weights import load_backbone, save_backbone
 from ttame_jax.weights.transfer import fill, to_flax, to_torch
 
-SMALLEST_CROP = 0.4  # of the area
 SQUARES = (0.75, 4 / 3)  # range of the aspect ratio of crops and of exchanged rectangles
 COLOUR = 0.2  # largest relative change of a colour channel
-MIXED = 0.25  # share of the steps with CutMix
 KEPT = 0.5  # share of the patches
 DROPPING = 0.85  # share of the steps in which patches are dropped
 
@@ -63,8 +62,8 @@ class Options:
     patch_size: int = 16
     """Height and width of its patches."""
     start: Path | None = None
-    """Weights, in timm's layout, of the same ViT for smaller images and as many patches. By default it
-    starts from random parameters."""
+    """Weights of the same ViT for images of this size, or smaller ones with as many patches. By default
+    it starts from random parameters."""
     width: int = 128
     """Width of its tokens."""
     depth: int = 6
@@ -77,6 +76,10 @@ class Options:
     """Images per step."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
+    smallest_crop: float = 0.4
+    """Smallest crop, as a share of the photograph's area."""
+    mixed: float = 0.25
+    """Share of the steps with CutMix."""
     seed: int = 0
     """Seed of the initial parameters, the order of the photographs and their augmentation."""
 
@@ -132,7 +135,9 @@ def run(options: Options) -> dict:
     student = Student(backbone, channels, rngs=nnx.Rngs(options.seed))
     finished = fit(
         student,
-        distillation_loss,
+        functools.partial(
+            distillation_loss, smallest_crop=options.smallest_crop, mixed=options.mixed
+        ),
         (images, labels, features),
         epochs=options.epochs,
         batch_size=options.batch_size,
@@ -147,11 +152,13 @@ def run(options: Options) -> dict:
 
 
 def start_from(backbone: Backbone, path: Path) -> None:
-    """Fills a ViT, but for its head, with timm's tensors of one for smaller images.
+    """Fills a ViT, except its head, with the weights of one for images of this or a smaller size.
 
-    A weight of a patch is shared by the pixels that cover the same part of a larger patch.
+    The file is in timm's layout or one of `save_backbone`. A weight of a patch is shared by the pixels that cover the same part of a larger patch.
     """
-    own, (tensors, _) = to_torch(backbone, "timm"), read_safetensors(path)
+    own, (tensors, metadata) = to_torch(backbone, "timm"), read_safetensors(path)
+    if "config" in metadata:  # saved by save_backbone
+        tensors = to_torch(load_backbone("vit", path), "timm")
     kernel = tensors["patch_embed.proj.weight"]
     factor = own["patch_embed.proj.weight"].shape[-1] // kernel.shape[-1]
     kernel = kernel.repeat(factor, axis=2).repeat(factor, axis=3) / factor**2
@@ -181,17 +188,25 @@ def feature_maps(
 
 
 def distillation_loss(
-    student: Student, batch: tuple[jax.Array, ...], progress: jax.Array, key: jax.Array
+    student: Student,
+    batch: tuple[jax.Array, ...],
+    progress: jax.Array,
+    key: jax.Array,
+    *,
+    smallest_crop: float,
+    mixed: float,
 ) -> jax.Array:
     """Cross-entropy of the labels plus the mean squared error of the teacher's features."""
     images, labels, features = batch
     backbone = student.backbone
     patches, side = backbone.architecture.patch_size, backbone.side
-    crop_key, mix_key, drop_key = jax.random.split(key, 3)
-    images, features = random_crops(crop_key, to_float(images), features, side * patches, side)
-    mixed = random_rectangle(mix_key, side)
-    features = jnp.where(mixed[..., None], jnp.roll(features, 1, axis=0), features)
-    pixels = mixed.repeat(patches, axis=0).repeat(patches, axis=1)
+    crop_key, mix_key, some_key, drop_key = jax.random.split(key, 4)
+    images, features = random_crops(
+        crop_key, to_float(images), features, side * patches, side, smallest_crop
+    )
+    exchanged = random_rectangle(mix_key, side) & jax.random.bernoulli(some_key, mixed)
+    features = jnp.where(exchanged[..., None], jnp.roll(features, 1, axis=0), features)
+    pixels = exchanged.repeat(patches, axis=0).repeat(patches, axis=1)
     images = jnp.where(pixels[..., None], jnp.roll(images, 1, axis=0), images)
     images = backbone.preprocessing.standardise(images)
     features = features.reshape(len(features), side**2, -1)
@@ -200,7 +215,7 @@ def distillation_loss(
     def of_patches(kept):
         logits, predicted = student(images, kept)
         own, other = (cross_entropy(logits, classes) for classes in (labels, jnp.roll(labels, 1)))
-        entropy = own + mixed.mean() * (other - own)
+        entropy = own + exchanged.mean() * (other - own)
         return entropy.mean() + jnp.mean((predicted - features[:, kept]) ** 2)
 
     some = order[: max(1, round(KEPT * side**2))]
@@ -208,14 +223,19 @@ def distillation_loss(
 
 
 def random_crops(
-    key: jax.Array, images: jax.Array, features: jax.Array, size: int, side: int
+    key: jax.Array,
+    images: jax.Array,
+    features: jax.Array,
+    size: int,
+    side: int,
+    smallest: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Crops, flips and recolours images [B, H, W, 3] -> [B, size, size, 3].
 
     Feature maps [B, h, w, C] are cropped and flipped with them -> [B, side, side, C].
     """
     keys, count = jax.random.split(key, 5), len(images)
-    areas = jax.random.uniform(keys[0], (count, 1), minval=SMALLEST_CROP)
+    areas = jax.random.uniform(keys[0], (count, 1), minval=smallest)
     ratios = jnp.exp(jax.random.uniform(keys[1], (count, 1), jnp.float32, *np.log(SQUARES)))
     sizes = jnp.minimum(jnp.sqrt(areas * jnp.concatenate([ratios, 1 / ratios], axis=1)), 1)
     starts = jax.random.uniform(keys[2], (count, 2)) * (1 - sizes)
@@ -248,13 +268,12 @@ def crop(
 
 
 def random_rectangle(key: jax.Array, side: int) -> jax.Array:
-    """A boolean mask [side, side] of a rectangle of random area, empty in some of the steps."""
-    keys = jax.random.split(key, 4)
+    """A boolean mask [side, side] of a rectangle of random area and position."""
+    keys = jax.random.split(key, 3)
     ratio = jnp.exp(jax.random.uniform(keys[0], (), jnp.float32, *np.log(SQUARES)) / 2)
     length = side * jnp.sqrt(jax.random.uniform(keys[1]))
     lengths = jnp.minimum(jnp.round(length * jnp.stack([ratio, 1 / ratio])), side)
-    lengths *= jax.random.bernoulli(keys[2], MIXED)
-    starts = jnp.floor(jax.random.uniform(keys[3], (2,)) * (side - lengths + 1))
+    starts = jnp.floor(jax.random.uniform(keys[2], (2,)) * (side - lengths + 1))
     place = jnp.arange(side)[:, None]
     rows, columns = ((place >= starts) & (place < starts + lengths)).T
     return rows[:, None] & columns

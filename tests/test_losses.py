@@ -71,21 +71,47 @@ def test_terms_have_the_values_worked_out_by_hand():
     np.testing.assert_allclose(losses.reference_variation(maps), (2 + 0.3 * 4) / 2)
 
 
+def test_the_disagreement_is_one_minus_the_correlation_of_two_maps():
+    maps, relevance = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)
+    expected = [1 - np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(maps, relevance)]
+    np.testing.assert_allclose(losses.disagreement(maps, relevance), expected, atol=1e-6)
+    np.testing.assert_allclose(losses.disagreement(maps, 5 * maps - 2), np.zeros(3), atol=1e-6)
+    np.testing.assert_allclose(losses.disagreement(maps, -maps / 1e3), np.full(3, 2), atol=1e-6)
+
+
+def test_the_disagreement_with_a_constant_map_is_one_with_a_finite_gradient():
+    maps = jnp.stack([jnp.full((4, 4), 0.5), jnp.eye(4)])
+    for pair in ((maps, maps[::-1]), (maps[::-1], maps)):
+        value, gradients = jax.value_and_grad(
+            lambda maps, other: losses.disagreement(maps, other).sum(), argnums=(0, 1)
+        )(*pair)
+        np.testing.assert_allclose(value, 2)
+        assert all(jnp.isfinite(gradient).all() for gradient in gradients)
+
+
 @pytest.mark.parametrize(
-    ("config", "weight"),
+    ("config", "complement", "relevance"),
     [
-        (LossConfig("paper"), 0),
-        (LossConfig("scaled"), 0),
-        (LossConfig("complement"), 0.5),
-        (LossConfig("complement", complement_weight=0), 0),
-        (LossConfig("paper", complement_weight=0.3), 0.3),
+        (LossConfig("paper"), 0, 0),
+        (LossConfig("scaled"), 0, 0),
+        (LossConfig("complement"), 0.5, 0),
+        (LossConfig("complement", complement_weight=0), 0, 0),
+        (LossConfig("paper", complement_weight=0.3), 0.3, 0),
+        (LossConfig("relevance"), 0, 1),
+        (LossConfig("relevance", complement_weight=0.3, relevance_weight=2), 0.3, 2),
     ],
 )
-def test_the_recipe_sets_the_weight_of_the_complement_unless_it_is_given(config, weight):
+def test_the_recipe_sets_the_weights_of_the_extra_terms_unless_they_are_given(
+    config, complement, relevance
+):
+    assert config.extra_weight("complement") == complement
+    assert config.extra_weight("relevance") == relevance
     maps, entropies = jnp.full((2, 2, 4, 4), 0.5), jnp.ones(2)
+    extra = {"complement": jnp.full(2, 3.0), "relevance": jnp.array([0.0, 1.0])}
     without, _ = total_loss(maps, entropies, config)
-    loss, _ = total_loss(maps, entropies, config, jnp.full(2, 3.0))
-    np.testing.assert_allclose(loss - without, 3 * weight, rtol=1e-5)
+    loss, terms = total_loss(maps, entropies, config, extra)
+    np.testing.assert_allclose(loss - without, 3 * complement + 0.5 * relevance, rtol=1e-5)
+    assert (terms["complement"], terms["relevance"]) == (3, 0.5)
 
 
 @pytest.mark.parametrize("recipe", ["paper", "reference"])

@@ -1,20 +1,24 @@
 """The training loss, one function per equation (T-TAME, section III-C3).
 
 Explanation maps are Psi ``[..., H, W]`` in [0, 1]. Every function returns a float32 scalar, except
-`cross_entropy` and `complement`, which return one value per image.
+`cross_entropy`, `complement` and `disagreement`, which return one value per image.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-# Below this an explanation value counts as 0: x ** 0.3 has an infinite slope there.
+# Below this an explanation value counts as 0, where x ** 0.3 has an infinite slope, and a map with
+# this sum of squared differences from its mean counts as constant.
 _SMALLEST = 1e-12
+
+EXTRA_TERMS = ("complement", "relevance")
+"""The terms that the paper does not have, each the mean of one value per image."""
 
 
 def cross_entropy(logits: jax.Array, classes: jax.Array) -> jax.Array:
@@ -33,6 +37,23 @@ def complement(logits: jax.Array, classes: jax.Array) -> jax.Array:
     own = jax.nn.one_hot(classes, logits.shape[-1], dtype=bool)
     others = jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), axis=-1)
     return jax.nn.logsumexp(logits, axis=-1) - others
+
+
+def disagreement(maps: jax.Array, relevance: jax.Array) -> jax.Array:
+    """1 minus the correlation ``[B]`` of maps with relevance maps, both ``[B, H, W]``: 0 to 2.
+
+    It asks that the values of a map rank positions as the gradients of the classifier do. The
+    paper does not have this term.
+    """
+
+    def normalised(x):
+        """Values with mean 0 and norm 1 per map; zeros for a constant map, with a finite gradient."""
+        x = x.astype(jnp.float32).reshape(len(x), -1)
+        x -= x.mean(axis=1, keepdims=True)
+        square = jnp.sum(x**2, axis=1, keepdims=True)
+        return x * jax.lax.rsqrt(jnp.where(square > _SMALLEST, square, 1))
+
+    return 1 - jnp.sum(normalised(maps) * normalised(relevance), axis=1)
 
 
 def area(maps: jax.Array, exponent: float) -> jax.Array:
@@ -78,13 +99,16 @@ class Recipe:
       scaled: whether Psi, and with it the mask, are the maps that are shown: sigmoids, min-max
         scaled. The paper trains the sigmoids, and shows and evaluates maps that are min-max scaled
         before the sigmoid.
-      complement_weight: weight of the term `complement`, unless the configuration has another.
+      complement_weight: weight of `complement`, unless the configuration has another.
+      relevance_weight: weight of `disagreement` with the relevance of positions
+        (`ttame_jax.training.relevance`), unless the configuration has another.
     """
 
     area: Callable[[jax.Array, float], jax.Array] = area
     variation: Callable[[jax.Array], jax.Array] = variation
     scaled: bool = False
     complement_weight: float = 0.0
+    relevance_weight: float = 0.0
 
 
 RECIPES = {
@@ -92,6 +116,7 @@ RECIPES = {
     "reference": Recipe(reference_area, reference_variation),
     "scaled": Recipe(scaled=True),
     "complement": Recipe(scaled=True, complement_weight=0.5),
+    "relevance": Recipe(scaled=True, relevance_weight=1.0),
 }
 if TYPE_CHECKING:
     RecipeName = str
@@ -110,7 +135,7 @@ class LossConfig:
     recipe: RecipeName = "paper"
     """The paper's equations (paper), those of the authors' code (reference), the paper's on maps that
     are scaled in training as they are in use (scaled), or these with a term for what the map leaves
-    out (complement)."""
+    out (complement) or for the order of its values (relevance)."""
     cross_entropy_weight: float = 1.5
     """Lambda 1."""
     regulariser_weight: float = 2.0
@@ -123,9 +148,13 @@ class LossConfig:
     """Weight of -log(1 - p) of the class in the image that is masked by 1 - E. More than 0 takes one
     more pass through the classifier and its gradient. By default it is that of the recipe: 0.5 for
     complement, and 0 for the others."""
+    relevance_weight: float | None = None
+    """Weight of 1 minus the correlation of the map with the relevance that gradients of the classifier
+    give. More than 0 takes one more pass through the classifier and its gradient. By default it is
+    that of the recipe: 1 for relevance, and 0 for the others."""
 
     def __post_init__(self):
-        weights = ("cross_entropy", "regulariser", "variation", "complement")
+        weights = ("cross_entropy", "regulariser", "variation", *EXTRA_TERMS)
         for name in (f"{weight}_weight" for weight in weights):
             weight = getattr(self, name)
             if weight is not None and not 0 <= weight < math.inf:
@@ -133,19 +162,18 @@ class LossConfig:
         if not 0 < self.area_exponent < math.inf:
             raise ValueError(f"area_exponent must be positive and finite, not {self.area_exponent}")
 
-    @property
-    def resolved_complement_weight(self) -> float:
-        """The weight of the term `complement`: the configured one, or else the recipe's."""
-        if self.complement_weight is not None:
-            return self.complement_weight
-        return RECIPES[self.recipe].complement_weight
+    def extra_weight(self, term: str) -> float:
+        """The weight of one of `EXTRA_TERMS`: the configured one, or else the recipe's."""
+        name = f"{term}_weight"
+        configured = getattr(self, name)
+        return getattr(RECIPES[self.recipe], name) if configured is None else configured
 
 
 def total_loss(
     maps: jax.Array,
     entropies: jax.Array,
     config: LossConfig,
-    complements: jax.Array | None = None,
+    extra: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss (Eq. 11, 15) and its unweighted terms.
 
@@ -153,8 +181,8 @@ def total_loss(
       maps: Psi ``[B, K, H, W]`` in [0, 1].
       entropies: ``[B]``, the masked images' `cross_entropy` against the model truth.
       config: recipe and weights.
-      complements: ``[B]``, `complement` of the model truth in the images that are masked by 1 minus
-        their maps; None if the weight of this term is 0.
+      extra: ``[B]`` each, those of `EXTRA_TERMS` whose weight is not 0: `complement` of the model
+        truth in the images that are masked by 1 minus their maps, and `disagreement`.
     """
     recipe = RECIPES[config.recipe]
     terms = {
@@ -165,7 +193,7 @@ def total_loss(
     regulariser = terms["area"] + config.variation_weight * terms["variation"]
     loss = config.cross_entropy_weight * terms["cross_entropy"]
     loss += config.regulariser_weight * regulariser
-    if complements is not None:
-        terms["complement"] = complements.mean()
-        loss += config.resolved_complement_weight * terms["complement"]
+    for name, values in (extra or {}).items():
+        terms[name] = values.mean()
+        loss += config.extra_weight(name) * terms[name]
     return loss, terms

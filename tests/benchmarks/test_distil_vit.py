@@ -62,15 +62,21 @@ def test_exchanged_patches_count_with_their_label_and_their_features(monkeypatch
     monkeypatch.setattr(distil_vit, "random_rectangle", lambda key, side: left)
     batch = images, jnp.arange(2), features
     for progress in (0.0, 0.9):
-        loss = distil_vit.distillation_loss(Student(), batch, progress, jax.random.key(0))
+        loss = distil_vit.distillation_loss(
+            Student(), batch, progress, jax.random.key(0), smallest_crop=0.25, mixed=1.0
+        )
         own = np.log(np.e**2 + 4) - 2  # the other label has 2 more
         assert loss == pytest.approx(own + 0.5 * 2, abs=1e-5)
     assert set(seen) == {(2,), (4,)}
 
 
-def test_a_vit_for_smaller_images_is_the_start(tmp_path):
+@pytest.mark.parametrize("layout", ["timm", "own"])
+def test_a_vit_for_smaller_images_is_the_start(layout, tmp_path):
     small = load_backbone("vit", image_size=32, num_classes=4, **TINY | {"patch_size": 4})
-    write_safetensors(tmp_path / "small.safetensors", to_torch(small, "timm"), {})
+    if layout == "timm":
+        write_safetensors(tmp_path / "small.safetensors", to_torch(small, "timm"), {})
+    else:
+        save_backbone(small, tmp_path / "small.safetensors")
     large = load_backbone("vit", image_size=64, num_classes=7, seed=1, **TINY)
     head = large.head.kernel[...]
     distil_vit.start_from(large, tmp_path / "small.safetensors")
@@ -100,8 +106,8 @@ def test_rectangles_have_all_areas_and_positions():
     keys = jax.random.split(jax.random.key(0), 400)
     masks = np.asarray(jax.vmap(lambda key: distil_vit.random_rectangle(key, 8))(keys))
     areas = masks.mean((1, 2))
-    assert 0.15 < (areas > 0).mean() < 0.35 and areas.max() > 0.8
-    assert masks[areas > 0].mean(0).min() > 0.15  # every patch
+    assert areas.min() < 0.05 and areas.max() > 0.8
+    assert masks.mean(0).min() > 0.15  # every patch
     rows, columns = masks.any(2), masks.any(1)
     np.testing.assert_array_equal(masks, rows[:, :, None] & columns[:, None, :])
     assert (np.abs(np.diff(rows.astype(int), axis=1)).sum(1) <= 2).all()

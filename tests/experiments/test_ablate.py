@@ -154,6 +154,7 @@ def test_recipes_and_weights_of_the_loss_are_changed_one_at_a_time():
         {"loss.recipe": "reference"},
         {"loss.recipe": "scaled"},
         {"loss.recipe": "complement"},
+        {"loss.recipe": "relevance"},
         {"loss.cross_entropy_weight": 0.75},
         {"loss.cross_entropy_weight": 3.0},
         {"loss.regulariser_weight": 1.0},
@@ -163,7 +164,7 @@ def test_recipes_and_weights_of_the_loss_are_changed_one_at_a_time():
         {"loss.area_exponent": 0.15},
         {"loss.area_exponent": 0.6},
     ]
-    assert axis.settings[4].label == "cross_entropy_weight 0.75"
+    assert axis.settings[5].label == "cross_entropy_weight 0.75"
     config = dataclasses.replace(config, loss=LossConfig("complement"))
     (axis, _), _ = _axes(config, Ablation(over=(("loss",),)))
     assert axis.settings[0].label == "recipe complement"

@@ -13,6 +13,7 @@ from ttame_jax.attention import AttentionMechanism
 from ttame_jax.losses import RECIPES, LossConfig, cross_entropy, total_loss
 from ttame_jax.masking import mask_images, upsample
 from ttame_jax.mesh import replicate, shard_batch
+from ttame_jax.methods import LibraGrad
 from ttame_jax.training.optimizer import OneCycle, one_cycle_sgd
 from ttame_jax.training.step import initial_state, make_train_step
 from ttame_jax.weights import load_backbone
@@ -66,7 +67,7 @@ def literal_loss(backbone, attention, images, masking, recipe, complement_weight
     logits, features = backbone(preprocessing.standardise(images))
     classes = logits.argmax(-1)
     maps = jax.nn.sigmoid(attention(features, train=True))[:, classes]
-    if recipe in ("scaled", "complement"):
+    if recipe in ("scaled", "complement", "relevance"):
         low, high = maps.min((2, 3), keepdims=True), maps.max((2, 3), keepdims=True)
         maps = (maps - low) / (high - low)
     masks = upsample(maps[jnp.arange(len(images)), jnp.arange(len(images))], (32, 32))
@@ -77,6 +78,13 @@ def literal_loss(backbone, attention, images, masking, recipe, complement_weight
         kept = jax.nn.softmax(left_out)[jnp.arange(len(images)), classes]
         terms["complement"] = -jnp.log(1 - kept).mean()
         loss += complement_weight * terms["complement"]
+    if recipe == "relevance":
+        own = maps[jnp.arange(len(images)), jnp.arange(len(images))]
+        inputs, biases = LibraGrad(backbone).attributions(images, classes[:, None])
+        relevance = (inputs.sum(2) + biases)[:, 0, 1:]  # without the class token
+        pairs = zip(own.reshape(len(images), -1), relevance)
+        terms["relevance"] = 1 - jnp.mean(jnp.stack([jnp.corrcoef(a, b)[0, 1] for a, b in pairs]))
+        loss += terms["relevance"]
     return loss, terms
 
 
@@ -89,6 +97,7 @@ def literal_loss(backbone, attention, images, masking, recipe, complement_weight
         ("standardised", "reference", 8, None),
         ("pixel", "scaled", 8, 0),
         ("standardised", "complement", 2, None),
+        ("standardised", "relevance", 2, 0.7),
     ],
 )
 def test_a_step_follows_the_gradient_of_the_literal_loss(

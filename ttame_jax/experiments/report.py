@@ -26,6 +26,7 @@ from ttame_jax.experiments.tables import comparison_tables
 from ttame_jax.explainer import Explainer
 from ttame_jax.files import check_output_file, locked, write_atomically
 from ttame_jax.labels import label
+from ttame_jax.losses import EXTRA_TERMS
 from ttame_jax.methods import load_method
 from ttame_jax.metrics import summarise
 from ttame_jax.metrics.base import Rows
@@ -40,7 +41,7 @@ EXAMPLES = 12  # pictures, evenly spaced
 EXTREMES = 6  # pictures that are explained best, and as many that are explained worst
 SMALL = 96  # pixels; smaller pictures are enlarged without smoothing
 MARKED = 20  # points of a curve, above which they have no markers
-LOSS_TERMS = ("loss", "cross_entropy", "area", "variation", "complement")
+LOSS_TERMS = ("loss", "cross_entropy", "area", "variation", *EXTRA_TERMS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,9 +32,12 @@ class LibraGrad(Method, name="libragrad", title="LibraGrad"):
         super().__init__(require_vit(backbone, self.name))
 
     def __call__(self, images: jax.Array, classes: jax.Array) -> jax.Array:
+        return min_max_scale(jax.nn.relu(self.relevance(images, classes)))
+
+    def relevance(self, images: jax.Array, classes: jax.Array) -> jax.Array:
+        """The maps ``[B, K, sqrt N, sqrt N]`` with both signs, before they are scaled."""
         inputs, biases = self.attributions(images, classes)
-        maps = patch_maps(self.backbone, inputs.sum(axis=2) + biases)
-        return min_max_scale(jax.nn.relu(maps))
+        return patch_maps(self.backbone, inputs.sum(axis=2) + biases)
 
     def attributions(self, images: jax.Array, classes: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Input times gradient of each block's input, and of all biases in the blocks.

@@ -14,10 +14,18 @@ from jax.sharding import PartitionSpec as P
 from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import Backbone
 from ttame_jax.compilers import compiler_options, in_groups
-from ttame_jax.losses import RECIPES, LossConfig, complement, cross_entropy, total_loss
+from ttame_jax.losses import (
+    RECIPES,
+    LossConfig,
+    complement,
+    cross_entropy,
+    disagreement,
+    total_loss,
+)
 from ttame_jax.masking import mask_images, upsample
 from ttame_jax.mesh import AXIS
 from ttame_jax.preprocessing import Masking, to_float
+from ttame_jax.training.relevance import compute_relevance
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +70,8 @@ def make_train_step(
     Returns:
       ``step(state, backbone_state, images) -> (state, metrics)``; ``images`` uint8
       ``[B, H, W, 3]`` sharded on the batch, ``backbone_state`` from ``nnx.split(backbone)``,
-      ``metrics`` scalars (loss, cross_entropy, area, variation, and complement if it has a weight).
+      ``metrics`` scalars (loss, cross_entropy, area, variation, and those of `EXTRA_TERMS` that
+      have a weight).
       The state is donated.
     """
     graphs = nnx.graphdef(backbone), nnx.graphdef(attention)
@@ -80,7 +89,6 @@ def _compiled(
     synchronise: bool,
 ) -> jax.stages.Wrapped:
     recipe = RECIPES[loss_config.recipe]
-    weight = loss_config.resolved_complement_weight
 
     def loss_fn(params, batch_stats, backbone_state, images):
         classify = nnx.merge(backbone_graph, backbone_state)
@@ -95,10 +103,17 @@ def _compiled(
         # Psi [b, b, h, w], synchronised [b, B, h, w]
         maps = mechanism.explanation_maps(maps) if recipe.scaled else jax.nn.sigmoid(maps)
         own = jax.lax.dynamic_slice_in_dim(maps, first, len(classes), axis=1)
-        masks = upsample(jnp.einsum("bbhw->bhw", own), images.shape[1:3])
+        own = jnp.einsum("bbhw->bhw", own)
+        masks = upsample(own, images.shape[1:3])
         judge = functools.partial(_judge_masked, classify, images, classes, masking)
-        complements = judge(1 - masks, complement) if weight else None
-        loss, terms = total_loss(maps, judge(masks, cross_entropy), loss_config, complements)
+        extra = {}
+        if loss_config.extra_weight("complement"):
+            extra["complement"] = judge(1 - masks, complement)
+        if loss_config.extra_weight("relevance"):
+            layers = classify.feature_layers[mechanism.first_layer :]
+            relevance = compute_relevance(classify, images, classes, layers)
+            extra["relevance"] = disagreement(own, relevance)
+        loss, terms = total_loss(maps, judge(masks, cross_entropy), loss_config, extra)
         return loss, ({"loss": loss, **terms}, nnx.state(mechanism, nnx.BatchStat))
 
     def local_step(state: TrainState, backbone_state, images):
