@@ -63,7 +63,7 @@ def make_train_step(
     of the model truths of its images, and BatchNorm uses their features. With `synchronise` both
     use the whole batch, and the result does not depend on the number of devices. In both cases
     losses, gradients and running statistics are averaged over the devices. Each device has the
-    same number of images and both recipes are means over images, so this is the batch's loss.
+    same number of images and all recipes are means over images, so this is the batch's loss.
 
     The same optimizer and modules of the same structure give the same step, which is traced once.
 
