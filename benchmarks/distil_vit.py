@@ -154,7 +154,8 @@ def run(options: Options) -> dict:
 def start_from(backbone: Backbone, path: Path) -> None:
     """Fills a ViT, except its head, with the weights of one for images of this or a smaller size.
 
-    The file is in timm's layout or one of `save_backbone`. A weight of a patch is shared by the pixels that cover the same part of a larger patch.
+    The file is in timm's layout or one of `save_backbone`. A weight of a patch is shared by the pixels
+    that cover the same part of a larger patch.
     """
     own, (tensors, metadata) = to_torch(backbone, "timm"), read_safetensors(path)
     if "config" in metadata:  # saved by save_backbone

@@ -1,9 +1,10 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
-from ttame_jax.masking import mask_images, min_max_scale, upsample
+from ttame_jax.masking import mask_images, min_max_scale, standardise_maps, upsample
 from ttame_jax.preprocessing import Preprocessing
 
 pytestmark = pytest.mark.quick
@@ -21,6 +22,20 @@ def test_min_max_scale_spans_0_to_1_per_map():
 @pytest.mark.parametrize("value", [0.0, -7.5, 1e30])
 def test_min_max_scale_of_a_constant_map_is_zero(value):
     np.testing.assert_array_equal(min_max_scale(jnp.full((1, 1, 3, 3), value)), 0)
+
+
+def test_standardised_maps_have_mean_0_and_variance_1_each():
+    maps = np.random.default_rng(0).normal(3, 1e-3, size=(2, 3, 5, 4)).astype(np.float32)
+    standardised = standardise_maps(jnp.asarray(maps))
+    np.testing.assert_allclose(standardised.mean(axis=(2, 3)), np.zeros((2, 3)), atol=1e-3)
+    np.testing.assert_allclose(standardised.std(axis=(2, 3)), np.ones((2, 3)), rtol=1e-3)
+
+
+def test_a_constant_standardised_map_is_zero_with_a_finite_gradient():
+    value, gradient = jax.value_and_grad(lambda x: standardise_maps(x).sum())(
+        jnp.full((1, 3, 3), 0.5)
+    )
+    assert value == 0 and jnp.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("size", [(28, 28), (224, 224), (15, 31)])

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# Below this an explanation value counts as 0, where x ** 0.3 has an infinite slope, and a map with
-# this sum of squared differences from its mean counts as constant.
+from ttame_jax.masking import standardise_maps
+
+# Below this an explanation value counts as 0: x ** 0.3 has an infinite slope there.
 _SMALLEST = 1e-12
 
 EXTRA_TERMS = ("complement", "relevance")
@@ -45,15 +46,7 @@ def disagreement(maps: jax.Array, relevance: jax.Array) -> jax.Array:
     It asks that the values of a map rank positions as the gradients of the classifier do. The
     paper does not have this term.
     """
-
-    def normalised(x):
-        """Values with mean 0 and norm 1 per map; zeros for a constant map, with a finite gradient."""
-        x = x.astype(jnp.float32).reshape(len(x), -1)
-        x -= x.mean(axis=1, keepdims=True)
-        square = jnp.sum(x**2, axis=1, keepdims=True)
-        return x * jax.lax.rsqrt(jnp.where(square > _SMALLEST, square, 1))
-
-    return 1 - jnp.sum(normalised(maps) * normalised(relevance), axis=1)
+    return 1 - jnp.mean(standardise_maps(maps) * standardise_maps(relevance), axis=(-2, -1))
 
 
 def area(maps: jax.Array, exponent: float) -> jax.Array:

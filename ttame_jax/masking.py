@@ -5,6 +5,9 @@ import jax.numpy as jnp
 
 from ttame_jax.preprocessing import Masking, Preprocessing
 
+# A map with less counts as constant.
+_SMALLEST_VARIANCE = 1e-12
+
 
 def min_max_scale(maps: jax.Array) -> jax.Array:
     """Scales each map ``[..., H, W]`` to [0, 1] (paper, section III-D).
@@ -15,6 +18,17 @@ def min_max_scale(maps: jax.Array) -> jax.Array:
     low = maps.min(axis=(-2, -1), keepdims=True)
     span = maps.max(axis=(-2, -1), keepdims=True) - low
     return jnp.where(span > 0, (maps - low) / jnp.where(span > 0, span, 1), 0)
+
+
+def standardise_maps(maps: jax.Array) -> jax.Array:
+    """Scales each map ``[..., H, W]`` to mean 0 and variance 1; float32.
+
+    A constant map becomes all zeros, with a finite gradient.
+    """
+    maps = maps.astype(jnp.float32)
+    maps -= maps.mean(axis=(-2, -1), keepdims=True)
+    variance = jnp.mean(maps**2, axis=(-2, -1), keepdims=True)
+    return maps * jax.lax.rsqrt(jnp.where(variance > _SMALLEST_VARIANCE, variance, 1))
 
 
 def upsample(maps: jax.Array, size: tuple[int, ...]) -> jax.Array:

@@ -61,12 +61,12 @@ def test_exchanged_patches_count_with_their_label_and_their_features(monkeypatch
     monkeypatch.setattr(distil_vit, "random_crops", lambda key, x, y, *sizes: (x, y))
     monkeypatch.setattr(distil_vit, "random_rectangle", lambda key, side: left)
     batch = images, jnp.arange(2), features
-    for progress in (0.0, 0.9):
+    for progress, mixed in ((0.0, 1.0), (0.9, 1.0), (0.9, 0.0)):
         loss = distil_vit.distillation_loss(
-            Student(), batch, progress, jax.random.key(0), smallest_crop=0.25, mixed=1.0
+            Student(), batch, progress, jax.random.key(0), smallest_crop=0.25, mixed=mixed
         )
-        own = np.log(np.e**2 + 4) - 2  # the other label has 2 more
-        assert loss == pytest.approx(own + 0.5 * 2, abs=1e-5)
+        own = np.log(np.e**2 + 4) - 2  # the other label has 2 more, and half of the patches
+        assert loss == pytest.approx(own + 0.5 * 2 * mixed, abs=1e-5)
     assert set(seen) == {(2,), (4,)}
 
 
@@ -100,6 +100,16 @@ def test_an_image_and_its_features_are_cropped_alike(flip):
     np.testing.assert_allclose(cropped, means, atol=1e-3)
     corner = [0.2 * 64, (0.3 + 0.6 * flip) * 64]
     assert np.abs(image[0, 0] - np.array(corner)).max() < 1
+
+
+@pytest.mark.parametrize("smallest", [0.1, 0.9])
+def test_crops_have_at_least_the_smallest_area(smallest):
+    coordinates = np.stack([*np.mgrid[:64, :64], np.zeros((64, 64))], axis=-1)
+    images = np.repeat(coordinates[None] / 64, 200, axis=0).astype(np.float32)
+    _, parts = distil_vit.random_crops(jax.random.key(0), images, images, 8, 8, smallest)
+    extents = np.ptp(parts[..., :2], axis=(1, 2)) * 8 / 7  # from centre to centre of 8 cells
+    least = extents.prod(-1).min()
+    assert 0.75 * smallest < least < 1.3 * smallest  # a side that does not fit is cut
 
 
 def test_rectangles_have_all_areas_and_positions():

@@ -45,7 +45,9 @@ def test_an_interrupted_training_resumes_bit_for_bit(tmp_path, capfd):
             else:
                 with pytest.raises(KeyboardInterrupt):
                     trained(source)
-        assert read_safetensors(path)[1] == {"step": "4"}
+        assert read_safetensors(path)[1]["step"] == "4"
+        with pytest.raises(ValueError, match="epochs=2.* not epochs=3.*: delete it"):
+            trained(source, epochs=3)
         finished, resumed = trained(source)
         assert finished
         for a, b in zip(resumed, whole, strict=True):

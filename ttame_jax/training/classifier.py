@@ -89,6 +89,7 @@ def fit(
 
     Raises:
       KeyboardInterrupt: Ctrl-C.
+      ValueError: the checkpoint is of a training with other options.
     """
     steps_per_epoch = len(arrays[0]) // batch_size
     steps = epochs * steps_per_epoch
@@ -106,7 +107,8 @@ def fit(
         updates, opt_state = optimizer.update(jax.grad(loss_fn)(params), opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    done, (params, opt_state) = _restored(checkpoint, (params, opt_state))
+    options = f"{epochs=}, {batch_size=}, {learning_rate=}, {seed=}"
+    done, (params, opt_state) = _restored(checkpoint, (params, opt_state), options)
     batches = _batches(len(arrays[0]), batch_size, epochs, seed)
     bar = tqdm(total=steps, initial=done, desc="training the classifier", unit="step")
     with bar, preemption() as preempted:
@@ -116,7 +118,7 @@ def fit(
             bar.update()
             stop = preempted(step)
             if checkpoint and (stop or (step + 1) % steps_per_epoch == 0):
-                _save(checkpoint, step + 1, (params, opt_state))
+                _save(checkpoint, step + 1, (params, opt_state), options)
             if stop:
                 return False
     nnx.update(model, params)
@@ -133,12 +135,12 @@ def _batches(images: int, batch_size: int, epochs: int, seed: int) -> Iterator[n
         yield from order[: images - images % batch_size].reshape(-1, batch_size)
 
 
-def _save(path: Path, step: int, state: Any) -> None:
+def _save(path: Path, step: int, state: Any, options: str) -> None:
     leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-    write_safetensors(path, leaves, {"step": str(step)})
+    write_safetensors(path, leaves, {"step": str(step), "options": options})
 
 
-def _restored(path: Path | None, state: Any) -> tuple[int, Any]:
+def _restored(path: Path | None, state: Any, options: str) -> tuple[int, Any]:
     """The number of steps done and the state after them, from a file; 0 and the given state if
     there is none, or if it is damaged."""
     if path is None or not path.is_file():
@@ -148,6 +150,11 @@ def _restored(path: Path | None, state: Any) -> tuple[int, Any]:
     except Damaged as error:
         print(f"{error}; training starts anew", file=sys.stderr)
         return 0, state
+    if metadata.get("options") != options:
+        raise ValueError(
+            f"{path} is of a training with {metadata.get('options', 'unknown options')}, not "
+            f"{options}: delete it to start anew"
+        )
     leaves = [jnp.asarray(tensors[str(i)]) for i in range(len(tensors))]
     return int(metadata["step"]), jax.tree.unflatten(jax.tree.structure(state), leaves)
 

@@ -1,4 +1,4 @@
-"""Which positions of an image its class depends on, by one pass and its gradient."""
+"""Which positions of an image its class depends on, from the gradients of the classifier."""
 
 from collections.abc import Sequence
 
@@ -8,39 +8,44 @@ import jax.numpy as jnp
 from ttame_jax.backbones import Backbone
 from ttame_jax.backbones.vit import ViT
 from ttame_jax.compilers import in_groups
-from ttame_jax.masking import upsample
+from ttame_jax.masking import standardise_maps, upsample
 from ttame_jax.methods import LibraGrad
 
 
-def compute_relevance(
-    backbone: Backbone, images: jax.Array, classes: jax.Array, layers: Sequence[str]
-) -> jax.Array:
-    """The relevance of positions for the logit of one class per image, of either sign.
+def classify_with_relevance(
+    backbone: Backbone, images: jax.Array, layers: Sequence[str]
+) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
+    """Logits and feature maps, and the relevance of positions for the logit of the model truth.
 
-    For ViTs it is LibraGrad's, because plain gradients of a ViT's tokens say little. For other
-    classifiers each feature map is multiplied by its gradient and summed over its channels. These
-    maps have mean 0 and variance 1 per image, and are averaged.
+    The relevance has both signs. For a `ViT` it is LibraGrad's, because plain gradients of its tokens
+    say little. For other classifiers each feature map is multiplied by its gradient and summed over
+    its channels. These maps are standardised per image, and averaged. Their gradients start from the
+    activations of the pass that gives the logits.
 
     Args:
       backbone: the classifier.
       images: ``[B, H, W, 3]`` in [0, 1].
-      classes: ``[B]``.
-      layers: names of the layers whose feature maps are used, of `Backbone.feature_layers`.
+      layers: names of the layers whose feature maps are used, of `Backbone.feature_layers`. LibraGrad
+        uses all blocks.
 
     Returns:
-      ``[B, h, w]`` float32, with the size of the largest of these feature maps.
+      What the backbone returns, and ``[B, h, w]`` float32 with the size of the largest of these
+      feature maps.
     """
 
-    def of_group(images, classes):
+    def of_group(images):
+        inputs = backbone.preprocessing.standardise(images)
+        logits, features = backbone(inputs)
+        classes = jnp.argmax(logits, axis=-1, keepdims=True)
         if isinstance(backbone, ViT):
-            return LibraGrad(backbone).relevance(images, classes)[:, 0]
-        return _gradient_times_activation(backbone, images, classes, layers)
+            return logits, features, LibraGrad(backbone).relevance(images, classes)[:, 0]
+        return logits, features, _gradient_times_activation(backbone, inputs, classes, layers)
 
-    return in_groups(of_group, images, classes[:, None], tpu_pixels=backbone.tpu_pixels)
+    return in_groups(of_group, images, tpu_pixels=backbone.tpu_pixels)
 
 
-def _gradient_times_activation(backbone, images, classes, layers):
-    inputs, maps = backbone.preprocessing.standardise(images), []
+def _gradient_times_activation(backbone, inputs, classes, layers):
+    maps = []
     for layer in layers:  # XLA computes once what these passes have in common
         before, after = backbone.split(layer)
         output, *rest = before(inputs)
@@ -51,9 +56,4 @@ def _gradient_times_activation(backbone, images, classes, layers):
         products = output * jax.grad(class_logits)(output)
         maps.append(backbone.feature_map(products).sum(-1, dtype=jnp.float32))
     size = max(m.shape[1] for m in maps), max(m.shape[2] for m in maps)
-    return sum(upsample(_standardised(m), size) for m in maps) / len(maps)
-
-
-def _standardised(maps: jax.Array) -> jax.Array:
-    mean, std = (f(maps, axis=(1, 2), keepdims=True) for f in (jnp.mean, jnp.std))
-    return (maps - mean) / jnp.where(std > 0, std, 1)
+    return sum(upsample(standardise_maps(m), size) for m in maps) / len(maps)

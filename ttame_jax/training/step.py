@@ -25,7 +25,7 @@ from ttame_jax.losses import (
 from ttame_jax.masking import mask_images, upsample
 from ttame_jax.mesh import AXIS
 from ttame_jax.preprocessing import Masking, to_float
-from ttame_jax.training.relevance import compute_relevance
+from ttame_jax.training.relevance import classify_with_relevance
 
 
 @jax.tree_util.register_dataclass
@@ -93,7 +93,12 @@ def _compiled(
     def loss_fn(params, batch_stats, backbone_state, images):
         classify = nnx.merge(backbone_graph, backbone_state)
         mechanism = nnx.merge(attention_graph, params, batch_stats, copy=True)
-        logits, features = classify(classify.preprocessing.standardise(images))
+        relevance = None
+        if loss_config.extra_weight("relevance"):
+            layers = classify.feature_layers[mechanism.first_layer :]
+            logits, features, relevance = classify_with_relevance(classify, images, layers)
+        else:
+            logits, features = classify(classify.preprocessing.standardise(images))
         classes = jnp.argmax(logits, axis=-1)  # the model truth [b]
         shown, first = classes, 0  # the classes in Psi, and the index of this device's first image
         if synchronise:
@@ -109,9 +114,7 @@ def _compiled(
         extra = {}
         if loss_config.extra_weight("complement"):
             extra["complement"] = judge(1 - masks, complement)
-        if loss_config.extra_weight("relevance"):
-            layers = classify.feature_layers[mechanism.first_layer :]
-            relevance = compute_relevance(classify, images, classes, layers)
+        if relevance is not None:
             extra["relevance"] = disagreement(own, relevance)
         loss, terms = total_loss(maps, judge(masks, cross_entropy), loss_config, extra)
         return loss, ({"loss": loss, **terms}, nnx.state(mechanism, nnx.BatchStat))
