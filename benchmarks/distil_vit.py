@@ -26,9 +26,9 @@ from ttame_jax.backbones.vit import ViT
 from ttame_jax.data import load_source
 from ttame_jax.files import check_output_file, read_safetensors
 from ttame_jax.losses import cross_entropy
-from ttame_jax.preprocessing import to_float
+from ttame_jax.preprocessing import Preprocessing, to_float
 from ttame_jax.training.classifier import accuracy, decode, fit
-from ttame_jax.weights import load_backbone, save_backbone
+from ttame_jax.weights import abstract_backbone, load_backbone, save_backbone
 from ttame_jax.weights.transfer import fill, to_flax, to_torch
 
 SQUARES = (0.75, 4 / 3)  # range of the aspect ratio of crops and of exchanged rectangles
@@ -61,9 +61,13 @@ class Options:
     """Height and width of the ViT's images."""
     patch_size: int = 16
     """Height and width of its patches."""
+    test_size: int | None = None
+    """Height and width of the ViT's images after the training. By default they stay the same."""
+    crop_pct: float = 1.0
+    """Side of the centre crop that it then sees, as a fraction of a photograph's shortest side."""
     start: Path | None = None
-    """Weights of the same ViT for images of this size, or smaller ones with as many patches. By default
-    it starts from random parameters."""
+    """Weights of the same ViT for images of this or a smaller size. By default it starts from random
+    parameters."""
     width: int = 128
     """Width of its tokens."""
     depth: int = 6
@@ -115,13 +119,17 @@ def run(options: Options) -> dict:
     )
     if not source.class_names:
         raise ValueError(f"{source} has no labels")
-    sizes = ("image_size", "patch_size", "width", "depth", "num_heads")
+    test_size = options.test_size or options.image_size
+    preprocessing = Preprocessing(test_size, int(test_size / options.crop_pct))
+    sizes = {name: getattr(options, name) for name in ("patch_size", "width", "depth", "num_heads")}
+    abstract_backbone("vit", preprocessing=preprocessing, **sizes)  # checks them
     backbone = load_backbone(
         "vit",
         seed=options.seed,
         num_classes=len(source.class_names),
         class_names=source.class_names,
-        **{name: getattr(options, name) for name in sizes},
+        image_size=options.image_size,
+        **sizes,
     )
     assert isinstance(backbone, ViT)
     if options.start:
@@ -148,6 +156,8 @@ def run(options: Options) -> dict:
     if not finished:
         return {"stopped": "the same command resumes the training"}
     save_backbone(backbone, options.output)
+    backbone = load_backbone("vit", options.output, preprocessing=preprocessing)
+    save_backbone(backbone, options.output)
     return {"images": len(images), "test_images": len(test), "accuracy": accuracy(backbone, test)}
 
 
@@ -155,7 +165,7 @@ def start_from(backbone: Backbone, path: Path) -> None:
     """Fills a ViT, except its head, with the weights of one for images of this or a smaller size.
 
     The file is in timm's layout or one of `save_backbone`. A weight of a patch is shared by the pixels
-    that cover the same part of a larger patch.
+    that cover the same part of a larger patch, and position embeddings are interpolated.
     """
     own, (tensors, metadata) = to_torch(backbone, "timm"), read_safetensors(path)
     if "config" in metadata:  # saved by save_backbone

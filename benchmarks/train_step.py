@@ -3,7 +3,8 @@
     python benchmarks/train_step.py --backbone vit_b16 --batch-size 8 --compare
 
 Images are already on the device (`input_pipeline.py` measures the input). `--compare` interleaves
-`torch_reference.py` and adds `ratio`: our images per second divided by PyTorch's.
+`torch_reference.py` and adds `ratio`: our images per second divided by PyTorch's. `--recipe` interleaves
+a step of another loss and adds `recipe_ratio`: its seconds divided by those of the paper's.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from common import Setting, main, turns
 from flax import nnx
 from ours import all_at_once, build, device, memory, module_flops, noise, peak_flops
 
-from ttame_jax.losses import LossConfig
+from ttame_jax.losses import LossConfig, RecipeName
 from ttame_jax.mesh import data_mesh, replicate, shard_batch
 from ttame_jax.training.optimizer import OneCycle, one_cycle_sgd
 from ttame_jax.training.step import initial_state, make_train_step
@@ -29,6 +30,8 @@ class Options(Setting):
     """Whether to run the PyTorch reference beside it."""
     compile: bool = False
     """Whether that runs under torch.compile."""
+    recipe: RecipeName | None = None
+    """A recipe of the loss to run beside the paper's, such as relevance."""
 
 
 def run(options: Options) -> dict:
@@ -37,26 +40,37 @@ def run(options: Options) -> dict:
     flops = model_flops(backbone, attention, options.image_size, per_device)
     optimizer = one_cycle_sgd(OneCycle(1e-3, 10**6))
     mesh = data_mesh()
-    state = replicate(initial_state(attention, optimizer), mesh)
     backbone_state = replicate(nnx.state(backbone), mesh)
     batch = shard_batch(jax.device_get(noise(options)), mesh)
 
-    def compile_step():
+    def new_state():
+        return replicate(initial_state(attention, optimizer), mesh)
+
+    def compile_step(recipe: RecipeName = "paper"):
         optimizer = one_cycle_sgd(OneCycle(1e-3, 10**6))  # a new one: the step is traced anew
-        step = make_train_step(backbone, attention, optimizer, mesh, backbone.masking, LossConfig())
-        return step.lower(state, backbone_state, batch).compile()
+        step = make_train_step(
+            backbone, attention, optimizer, mesh, backbone.masking, LossConfig(recipe=recipe)
+        )
+        return step.lower(new_state(), backbone_state, batch).compile()
+
+    def repeated(compiled):
+        state = new_state()
+
+        def run(count: int):
+            nonlocal state
+            for _ in range(count):
+                state, _ = compiled(state, backbone_state, batch)
+            jax.block_until_ready(state)
+
+        return run
 
     compiled = compile_step()
     with all_at_once():
         counted = compiled_flops(compile_step())
 
-    def ours(count: int):
-        nonlocal state
-        for _ in range(count):
-            state, _ = compiled(state, backbone_state, batch)
-        jax.block_until_ready(state)
-
-    sides = {"ours": ours}
+    sides = {"ours": repeated(compiled)}
+    if options.recipe:
+        sides["recipe"] = repeated(compile_step(options.recipe))
     if options.compare:
         import torch_reference
 
@@ -79,6 +93,11 @@ def run(options: Options) -> dict:
         "share_of_peak": rates["ours"] * flops / peak if peak else None,
         **memory(compiled),
     }
+    if options.recipe:
+        result["recipe_ratio"] = rates["ours"] / rates["recipe"]
+        result["recipe_ratios"] = [
+            recipe / ours for ours, recipe in zip(times["ours"], times["recipe"])
+        ]
     if options.compare:
         result["torch_images_per_second"] = rates["torch"]
         result["ratio"] = rates["ours"] / rates["torch"]

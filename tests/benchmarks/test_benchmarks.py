@@ -43,10 +43,12 @@ def printed(capsys, run, options):
 
 
 @pytest.mark.slow
-def test_train_step_compares_with_pytorch(capsys):
-    result = printed(capsys, train_step.run, train_step.Options(**SETTING, compare=True))
+def test_train_step_compares_with_pytorch_and_another_recipe(capsys):
+    options = train_step.Options(**SETTING, compare=True, recipe="relevance")
+    result = printed(capsys, train_step.run, options)
     rates = result["images_per_second"], result["torch_images_per_second"]
     assert result["ratio"] == pytest.approx(rates[0] / rates[1])
+    assert [result["recipe_ratio"]] == pytest.approx(result["recipe_ratios"])
     assert result["program_memory_bytes"] > 8 * 64 * 64 * 3
     # The compiler leaves out products with padding: a good part of such small maps.
     assert 0.7 < result["gflops_per_image_compiled"] / result["gflops_per_image"] < 1

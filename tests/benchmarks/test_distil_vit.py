@@ -22,6 +22,8 @@ def test_a_vit_is_distilled_from_a_cnn(tmp_path):
         teacher_weights=str(tmp_path / "teacher.safetensors"),
         teacher_size=64,
         image_size=32,
+        test_size=40,
+        crop_pct=0.8,
         epochs=2,
         batch_size=32,
         **TINY,
@@ -29,7 +31,8 @@ def test_a_vit_is_distilled_from_a_cnn(tmp_path):
     result = distil_vit.run(options)
     assert result["images"] == result["test_images"] == 64
     vit = load_backbone("vit", options.output)
-    assert vit.class_names == tuple("0123456789") and vit.preprocessing.image_size == 32
+    assert vit.class_names == tuple("0123456789")
+    assert (vit.preprocessing.image_size, vit.preprocessing.resize_size) == (40, 50)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "teacher.safetensors",
         "vit.safetensors",
@@ -39,6 +42,14 @@ def test_a_vit_is_distilled_from_a_cnn(tmp_path):
 def test_images_without_labels_are_refused(pictures, tmp_path):
     options = distil_vit.Options(tmp_path / "vit.safetensors", f"folder:{pictures}")
     with pytest.raises(ValueError, match="has no labels"):
+        distil_vit.run(options)
+
+
+def test_a_test_size_that_does_not_fit_is_refused_before_the_training(tmp_path):
+    options = distil_vit.Options(
+        tmp_path / "vit.safetensors", "digits", test_split="train[:1]", test_size=36, **TINY
+    )
+    with pytest.raises(ValueError, match="36"):
         distil_vit.run(options)
 
 
@@ -87,6 +98,16 @@ def test_a_vit_for_smaller_images_is_the_start(layout, tmp_path):
     for ours, theirs in zip(maps, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     np.testing.assert_array_equal(large.head.kernel[...], head)
+
+
+def test_the_position_embeddings_of_the_start_are_interpolated(tmp_path):
+    save_backbone(load_backbone("vit", image_size=32, **TINY), tmp_path / "small.safetensors")
+    large = load_backbone("vit", image_size=48, seed=1, **TINY)
+    distil_vit.start_from(large, tmp_path / "small.safetensors")
+    expected = load_backbone("vit", tmp_path / "small.safetensors", image_size=48)
+    images = np.random.default_rng(0).normal(size=(2, 48, 48, 3)).astype(np.float32)
+    for ours, theirs in zip(large(images)[1], expected(images)[1], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("flip", [False, True])
