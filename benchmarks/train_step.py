@@ -43,8 +43,8 @@ def run(options: Options) -> dict:
     backbone_state = replicate(nnx.state(backbone), mesh)
     batch = shard_batch(jax.device_get(noise(options)), mesh)
 
-    def new_state():
-        return replicate(initial_state(attention, optimizer), mesh)
+    def new_state():  # copied, because a step donates its state
+        return jax.tree.map(jnp.copy, replicate(initial_state(attention, optimizer), mesh))
 
     def compile_step(recipe: RecipeName = "paper"):
         optimizer = one_cycle_sgd(OneCycle(1e-3, 10**6))  # a new one: the step is traced anew
