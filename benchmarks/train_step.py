@@ -9,6 +9,7 @@ a step of another loss and adds `recipe_ratio`: its seconds divided by those of 
 
 import dataclasses
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -18,10 +19,14 @@ from common import Setting, main, turns
 from flax import nnx
 from ours import all_at_once, build, device, memory, module_flops, noise, peak_flops
 
+from ttame_jax.attention import AttentionMechanism
+from ttame_jax.backbones import Backbone
 from ttame_jax.losses import LossConfig, RecipeName
 from ttame_jax.mesh import data_mesh, replicate, shard_batch
 from ttame_jax.training.optimizer import OneCycle, one_cycle_sgd
-from ttame_jax.training.step import initial_state, make_train_step
+from ttame_jax.training.step import TrainState, initial_state, make_train_step
+
+RATES = OneCycle(1e-3, 10**6)
 
 
 @dataclass(frozen=True)
@@ -34,43 +39,55 @@ class Options(Setting):
     """A recipe of the loss to run beside the paper's, such as relevance."""
 
 
+class Steps:
+    """Training steps of a mechanism on one batch."""
+
+    def __init__(self, backbone: Backbone, attention: AttentionMechanism, images: jax.Array):
+        self.backbone, self.attention, self.mesh = backbone, attention, data_mesh()
+        self.backbone_state = replicate(nnx.state(backbone), self.mesh)
+        self.batch = shard_batch(jax.device_get(images), self.mesh)
+
+    def compile(self, recipe: RecipeName) -> jax.stages.Compiled:
+        """A step of a recipe. It is traced anew because its optimizer is a new one."""
+        step = make_train_step(
+            self.backbone,
+            self.attention,
+            one_cycle_sgd(RATES),
+            self.mesh,
+            self.backbone.masking,
+            LossConfig(recipe=recipe),
+        )
+        return step.lower(self._state(), self.backbone_state, self.batch).compile()
+
+    def repeat(self, compiled: jax.stages.Compiled) -> Callable[[int], None]:
+        """A function that takes a number of steps, with a state of its own."""
+        state = self._state()
+
+        def steps(count: int) -> None:
+            nonlocal state
+            for _ in range(count):
+                state, _ = compiled(state, self.backbone_state, self.batch)
+            jax.block_until_ready(state)
+
+        return steps
+
+    def _state(self) -> TrainState:  # a copy, because a step donates its state
+        state = initial_state(self.attention, one_cycle_sgd(RATES))
+        return jax.tree.map(jnp.copy, replicate(state, self.mesh))
+
+
 def run(options: Options) -> dict:
     backbone, attention = build(options)
     per_device = options.batch_size // jax.device_count()
     flops = model_flops(backbone, attention, options.image_size, per_device)
-    optimizer = one_cycle_sgd(OneCycle(1e-3, 10**6))
-    mesh = data_mesh()
-    backbone_state = replicate(nnx.state(backbone), mesh)
-    batch = shard_batch(jax.device_get(noise(options)), mesh)
-
-    def new_state():  # copied, because a step donates its state
-        return jax.tree.map(jnp.copy, replicate(initial_state(attention, optimizer), mesh))
-
-    def compile_step(recipe: RecipeName = "paper"):
-        optimizer = one_cycle_sgd(OneCycle(1e-3, 10**6))  # a new one: the step is traced anew
-        step = make_train_step(
-            backbone, attention, optimizer, mesh, backbone.masking, LossConfig(recipe=recipe)
-        )
-        return step.lower(new_state(), backbone_state, batch).compile()
-
-    def repeated(compiled):
-        state = new_state()
-
-        def run(count: int):
-            nonlocal state
-            for _ in range(count):
-                state, _ = compiled(state, backbone_state, batch)
-            jax.block_until_ready(state)
-
-        return run
-
-    compiled = compile_step()
+    steps = Steps(backbone, attention, noise(options))
+    compiled = steps.compile("paper")
     with all_at_once():
-        counted = compiled_flops(compile_step())
+        counted = compiled_flops(steps.compile("paper"))
 
-    sides = {"ours": repeated(compiled)}
+    sides = {"ours": steps.repeat(compiled)}
     if options.recipe:
-        sides["recipe"] = repeated(compile_step(options.recipe))
+        sides["recipe"] = steps.repeat(steps.compile(options.recipe))
     if options.compare:
         import torch_reference
 
@@ -93,15 +110,14 @@ def run(options: Options) -> dict:
         "share_of_peak": rates["ours"] * flops / peak if peak else None,
         **memory(compiled),
     }
-    if options.recipe:
-        result["recipe_ratio"] = rates["ours"] / rates["recipe"]
-        result["recipe_ratios"] = [
-            recipe / ours for ours, recipe in zip(times["ours"], times["recipe"])
-        ]
+    for side, prefix in (("recipe", "recipe_"), ("torch", "")):
+        if side in sides:
+            result[f"{prefix}ratio"] = rates["ours"] / rates[side]
+            result[f"{prefix}ratios"] = [
+                other / ours for ours, other in zip(times["ours"], times[side])
+            ]
     if options.compare:
         result["torch_images_per_second"] = rates["torch"]
-        result["ratio"] = rates["ours"] / rates["torch"]
-        result["ratios"] = [theirs / ours for ours, theirs in zip(times["ours"], times["torch"])]
     return result
 
 

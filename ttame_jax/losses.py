@@ -143,8 +143,8 @@ class LossConfig:
     complement, and 0 for the others."""
     relevance_weight: float | None = None
     """Weight of 1 minus the correlation of the map with the relevance that gradients of the classifier
-    give. More than 0 takes one more pass through the classifier and its gradient. By default it is
-    that of the recipe: 1 for relevance, and 0 for the others."""
+    give. More than 0 takes one more gradient of the classifier. By default it is that of the recipe:
+    1 for relevance, and 0 for the others."""
 
     def __post_init__(self):
         weights = ("cross_entropy", "regulariser", "variation", *EXTRA_TERMS)
