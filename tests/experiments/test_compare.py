@@ -1,15 +1,19 @@
+import csv
+import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from ttame_jax.cli import main
 from ttame_jax.experiments.evaluate import read_rows
 from ttame_jax.files import locked
+from ttame_jax.losses import LossConfig
 from ttame_jax.metrics import summarise
 from ttame_jax.metrics.evaluation import Evaluator
-from ttame_jax.runs import load_config, load_run, save_attention
+from ttame_jax.runs import load_config, load_inputs, load_run, save_attention
 
 METHODS = ["gradcam", "rise", "ttame"]
 
@@ -31,11 +35,30 @@ def test_tables_curves_and_a_picture_are_written(finished):
     tables = {f"table_{kind}.{end}" for kind in ("ad_ic", "road") for end in ("md", "csv", "tex")}
     curves = {"road.png", "road.svg", "road.csv"}
     methods = {f"{name}.{end}" for name in METHODS for end in ("json", "npz")}
-    assert written == tables | curves | {"maps.png"} | methods
+    differences = {"differences.md", "differences.csv"}
+    assert written == tables | differences | curves | {"maps.png"} | methods
     head = (finished / "table_ad_ic.md").read_text().splitlines()[0]
     assert head == "| measure | Grad-CAM | RISE (8 images) | T-TAME |"
     with Image.open(finished / "maps.png") as picture:
         assert picture.height > 1.5 * picture.width  # two images beside, four rows below
+
+
+def test_differences_from_the_run_are_those_on_the_images_of_both(finished):
+    head, _, *lines = (finished / "differences.md").read_text().splitlines()
+    assert head.startswith("| minus T-TAME | AD↓(100%) |")
+    assert [line.split(" | ")[0] for line in lines] == ["| Grad-CAM", "| RISE (8 images)"]
+    table = list(csv.DictReader((finished / "differences.csv").open()))
+    assert len(table) == 2 * 8
+    rows = {name: read_rows(finished / f"{name}.json") for name in ("rise", "ttame")}
+    common = np.isin(rows["ttame"]["index"], rows["rise"]["index"])
+    assert common.sum() == 8
+    rows["ttame"] = {name: values[common] for name, values in rows["ttame"].items()}
+    drops = {name: summarise(of, ("ad",))["AD"]["50"] for name, of in rows.items()}
+    (found,) = (
+        row for row in table if row["method"] == "RISE (8 images)" and row["measure"] == "AD↓(50%)"
+    )
+    assert float(found["difference"]) == pytest.approx(drops["rise"] - drops["ttame"], abs=1e-3)
+    assert float(found["low"]) < float(found["difference"]) < float(found["high"])
 
 
 def test_a_method_gives_the_figures_that_evaluate_gives(finished, run, tmp_path):
@@ -156,14 +179,50 @@ def test_two_comparisons_do_not_share_an_output(run, tmp_path, refusal):
     assert status == 1 and "another process is writing to" in said
 
 
+def copied(run, folder, factor=1.0, **settings):
+    """A copy of a run with other settings, the fusion of which is multiplied by a factor."""
+    config = dataclasses.replace(load_config(run), output=folder, **settings)
+    attention = load_run(run).attention
+    attention.fusion.kernel[...] *= factor
+    folder.mkdir(parents=True)
+    config.save(inputs=load_inputs(run))
+    save_attention(folder, attention, 5, config)
+    return folder
+
+
+def test_runs_that_differ_in_the_seed_share_a_column(run, tmp_path):
+    paper = [copied(run, tmp_path / f"paper_{i}", 1 + i, seed=i) for i in range(2)]
+    loss = LossConfig(recipe="scaled")
+    scaled = [copied(run, tmp_path / f"scaled_{i}", -1 - i, seed=i, loss=loss) for i in range(2)]
+    words = ["--pictures", "2", "--methods", "gradcam,ttame"]
+    compare(paper[0], tmp_path / "out", *words, "--run", *map(str, paper + scaled))
+    head, _, line, *_ = (tmp_path / "out" / "table_ad_ic.md").read_text().splitlines()
+    assert head == "| measure | Grad-CAM | T-TAME, paper (2 seeds) | T-TAME, scaled (2 seeds) |"
+    names = [f"ttame-{recipe}_{i}" for recipe in ("paper", "scaled") for i in range(2)]
+    drops = [
+        json.loads((tmp_path / "out" / f"{name}.json").read_text())["AD"]["100"] for name in names
+    ]
+    assert f"{np.mean(drops[:2]):.2f} ± {np.std(drops[:2], ddof=1):.2f}" in line
+    change = (tmp_path / "out" / "differences.md").read_text().splitlines()[3]
+    assert change.startswith("| T-TAME, scaled (2 seeds) | ")
+    assert f"{np.mean(drops[2:]) - np.mean(drops[:2]):+.1f} [" in change
+    assert "T-TAME, paper (2 seeds): " in (tmp_path / "out" / "road.svg").read_text()
+    compare(run, tmp_path / "alone", *words, "--methods", "ttame", "--run", *map(str, paper))
+    head = (tmp_path / "alone" / "table_ad_ic.md").read_text().splitlines()[0]
+    assert head == "| measure | T-TAME (2 seeds) |"
+
+
+def test_equal_runs_of_one_seed_have_columns_of_their_own(run, tmp_path):
+    words = ["--pictures", "0", "--measures", "ad", "--methods", "ttame"]
+    runs = [copied(run, tmp_path / name) for name in ("first", "second")]
+    compare(run, tmp_path / "out", *words, "--run", *map(str, runs))
+    head = (tmp_path / "out" / "table_ad_ic.md").read_text().splitlines()[0]
+    assert head == "| measure | T-TAME, first | T-TAME, second |"
+
+
 def test_runs_of_the_same_variant_are_told_apart(run, tmp_path, refusal):
-    first, second = tmp_path / "paper" / "seed_0", tmp_path / "scaled" / "seed_0"
-    shutil.copytree(run, first)
-    shutil.copytree(run, second)
-    config, attention = load_config(run), load_run(run).attention
-    attention.fusion.kernel[...] *= -1
-    shutil.rmtree(second / "checkpoints")
-    save_attention(second, attention, 5, config)
+    first = copied(run, tmp_path / "paper" / "seed_0")
+    second = copied(run, tmp_path / "scaled" / "seed_0", factor=-1)
     words = ["--pictures", "2", "--measures", "ad,ic", "--methods", "gradcam,ttame"]
     compare(run, tmp_path / "out", *words, "--run", str(first), str(second))
     head = (tmp_path / "out" / "table_ad_ic.md").read_text().splitlines()[0]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jax
-import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
@@ -22,11 +21,12 @@ from ttame_jax.experiments.evaluate import (
     known_figures,
     read_rows,
 )
+from ttame_jax.experiments.repeats import Repeats
 from ttame_jax.experiments.sweep import Axis, Setting, Trial, field_axis, grid, train_each
 from ttame_jax.files import check_output_folder, locked, to_json, write_atomically
 from ttame_jax.losses import EXTRA_TERMS, RECIPES
 from ttame_jax.methods import load_method
-from ttame_jax.metrics import interval, replicates, summarise
+from ttame_jax.metrics.base import Rows
 from ttame_jax.plots import COLOURS, save_figure
 from ttame_jax.preprocessing import Masking
 from ttame_jax.runs import Run, load_run
@@ -55,6 +55,8 @@ class Ablation:
     """File that names the images to evaluate on, one FILENAME LABEL per line."""
     evaluation_images: int = 2000
     """Largest number of images to evaluate on, evenly spread."""
+    evaluation_boxes: Path | None = None
+    """CSV file of the objects' boxes, for metrics of localisation."""
     measures: MetricNames = ("ad", "ic")
 
     def options(self, **given: Any) -> EvaluationOptions:
@@ -63,6 +65,7 @@ class Ablation:
             split=self.evaluation_split,
             list=self.evaluation_list,
             limit=self.evaluation_images,
+            boxes=self.evaluation_boxes,
             measures=self.measures,
             **given,
         )
@@ -101,11 +104,13 @@ def ablate(config: TrainConfig, ablation: Ablation) -> list["Result"]:
             run = _load(trial) if outcome == "finished" else None
             for masking in maskings:
                 shown = labels | ({EVALUATION_MASKING: masking} if masking else {})
-                result = results.setdefault(tuple(shown.values()), Result(shown))
+                result = results.setdefault(
+                    tuple(shown.values()), Result(metrics=ablation.measures, labels=shown)
+                )
                 if run is None:
                     result.diverged.append(trial.run.seed)
                 elif evaluated := _evaluate(run, ablation, masking):
-                    result.figures[trial.run.seed], result.replicates[trial.run.seed] = evaluated
+                    result.add(trial.run.seed, *evaluated)
             if jax.process_index() == 0:
                 _write([*results.values()], config.output)
         else:
@@ -116,54 +121,17 @@ def ablate(config: TrainConfig, ablation: Ablation) -> list["Result"]:
     return [*results.values()]
 
 
-@dataclasses.dataclass
-class Result:
+@dataclasses.dataclass(kw_only=True)
+class Result(Repeats):
     """What is known of a setting.
 
     Attributes:
       labels: the setting, by name of the axis.
-      figures: of its runs, by seed.
       diverged: seeds of the runs that diverged.
-      replicates: the figures of resampled images, by seed.
     """
 
     labels: Mapping[str, str]
-    figures: dict[int, dict] = dataclasses.field(default_factory=dict)
     diverged: list[int] = dataclasses.field(default_factory=list)
-    replicates: dict[int, dict] = dataclasses.field(default_factory=dict)
-
-    def mean(self) -> dict[str, Any]:
-        """The means over the runs, with intervals of one standard deviation, as a method's figures.
-
-        The intervals of a single run are those of its images, of 95 %.
-        """
-        runs = [*self.figures.values()]
-        if len(runs) == 1:
-            return runs[0]
-        measured = [{key: run[key] for key in run["intervals"]} for run in runs]
-        mean = jax.tree.map(lambda *values: float(np.mean(values)), *measured)
-        spread = jax.tree.map(lambda *values: float(np.std(values, ddof=1)), *measured)
-        intervals = jax.tree.map(lambda m, s: [m - s, m + s], mean, spread)
-        return runs[0] | mean | {"intervals": intervals}
-
-    def difference(self, other: "Result") -> dict[str, Any] | None:
-        """This setting minus another, as a method's figures: means over the seeds of both.
-
-        The intervals are those of a paired bootstrap over the images. None if no seed is in both.
-        """
-        seeds = sorted(self.figures.keys() & other.figures.keys())
-        if not seeds:
-            return None
-
-        def minus(own: Mapping[int, dict], others: Mapping[int, dict]) -> dict[str, Any]:
-            keys = own[seeds[0]].keys() & self.replicates[seeds[0]].keys()
-            pairs = [[{k: x[seed][k] for k in keys} for x in (own, others)] for seed in seeds]
-            changes = [jax.tree.map(np.subtract, *pair) for pair in pairs]
-            return jax.tree.map(lambda *values: np.mean(values, axis=0), *changes)
-
-        intervals = jax.tree.map(interval, minus(self.replicates, other.replicates))
-        change = minus(self.figures, other.figures)
-        return self.figures[seeds[0]] | change | {"intervals": intervals}
 
 
 def _check(ablation: Ablation) -> None:
@@ -239,8 +207,8 @@ def _load(trial: Trial) -> Run:
 
 def _evaluate(
     run: Run, ablation: Ablation, masking: Masking | None
-) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The figures of a run, from its file if that has the same settings, and their replicates.
+) -> tuple[dict[str, Any], Rows] | None:
+    """The figures of a run, from its file if that has the same settings, and their rows.
 
     None in processes other than the first.
     """
@@ -252,9 +220,7 @@ def _evaluate(
     if not (figures := known_figures(path, settings)):
         method = load_method(run.config.variant, run.backbone, run.attention)
         figures = setup.evaluate(method, path, settings)
-    if not figures:
-        return None
-    return figures, replicates(read_rows(path), lambda rows: summarise(rows, ablation.measures))
+    return (figures, read_rows(path)) if figures else None
 
 
 def _write(results: Sequence[Result], output: Path) -> None:
@@ -278,21 +244,13 @@ def _write(results: Sequence[Result], output: Path) -> None:
         save_figure(figure, output / f"ablation.{suffix}")
 
 
-def _rows(figures: Sequence[Mapping[str, Any]]) -> list[tables.Row]:
-    """The metrics of all tables, one after the other."""
-    return [row for rows in tables.comparison_tables(figures).values() for row in rows]
-
-
 def _lines(results: Sequence[Result], mark: tables.Cell) -> list[list[str]]:
     """The head of a table, and a line for each setting that has been measured."""
-    rows = _rows([result.mean() for result in results])
+    rows = tables.all_rows([result.mean() for result in results])
     columns = []
     for row in rows:
-        texts = [f"{value:.2f}" for value in row.values]
-        for i, (low, high) in enumerate(row.intervals):
-            if len(results[i].figures) > 1:
-                texts[i] += f" ± {(high - low) / 2:.2f}"
-        columns.append(map(mark, texts, row.ranks([True] * len(results)), row.within_chance))
+        ranks = row.ranks([True] * len(results))
+        columns.append(map(mark, row.texts(), ranks, row.within_chance))
     head = [*(_title(name) for name in results[0].labels), "runs", *(row.title for row in rows)]
     settings = [[*result.labels.values(), str(len(result.figures))] for result in results]
     return [head, *([*setting, *cells] for setting, *cells in zip(settings, *columns))]
@@ -328,27 +286,21 @@ def markdown(results: Sequence[Result]) -> str:
 def differences(results: Sequence[Result]) -> str:
     """A line for each setting with its differences from the first, in percent points.
 
-    Brackets are 95 % intervals of a paired bootstrap over the images. Differences whose interval does
-    not contain 0 are bold. Settings that are evaluated with several maskings are compared with the
-    first of the same masking. Empty if there is nothing to compare.
+    The cells are those of `tables.differences`, with intervals of a paired bootstrap over the images
+    and seeds. Settings that are evaluated with several maskings are compared with the first of the
+    same masking. Empty if there is nothing to compare.
     """
-    head, lines = [], []
+    labels, figures = [], []
     for result in results:
         masking = result.labels.get(EVALUATION_MASKING)
         first = next(x for x in results if x.labels.get(EVALUATION_MASKING) == masking)
-        if result is not first and (difference := result.difference(first)):
-            rows = _rows([difference])
-            head = [*map(_title, result.labels), *(row.title for row in rows)]
-            lines.append([*result.labels.values(), *map(_change, rows)])
-    if not lines:
+        if result is not first:
+            labels.append([*result.labels.values()])
+            figures.append(result.minus(first))
+    if not labels:
         return ""
-    return tables.markdown_table([head, ["---"] * len(head), *lines])
-
-
-def _change(row: tables.Row) -> str:
-    (value,), ((low, high),) = row.values, row.intervals
-    text = f"{value:+.1f} [{low:.1f}, {high:.1f}]"
-    return text if low <= 0 <= high else f"**{text}**"
+    head = [*map(_title, results[0].labels)]
+    return tables.differences(head, labels, tables.all_rows(figures))
 
 
 def latex(results: Sequence[Result]) -> str:
@@ -366,7 +318,7 @@ def latex(results: Sequence[Result]) -> str:
 def comma_separated(results: Sequence[Result]) -> str:
     """One line for each run."""
     runs = [(result, seed) for result in results for seed in result.figures]
-    rows = _rows([result.figures[seed] for result, seed in runs])
+    rows = tables.all_rows([result.figures[seed] for result, seed in runs])
     lines = [[*results[0].labels, SEED, *(row.title for row in rows)]]
     for i, (result, seed) in enumerate(runs):
         values = (f"{row.values[i]:.3f}" for row in rows)
@@ -377,16 +329,16 @@ def comma_separated(results: Sequence[Result]) -> str:
 def draw(results: Sequence[Result]) -> Figure:
     """A panel for each metric, with a line for each setting.
 
-    Bars are the intervals of `Result.mean`, small dots single runs. The dashed line is the mean of
-    the first setting.
+    Bars are 95 % intervals, small dots single runs. The dashed line is the mean of the first
+    setting.
     """
-    rows = _rows([result.mean() for result in results])
+    rows = tables.all_rows([result.mean() for result in results])
     names = [", ".join(result.labels.values()) for result in results]
     columns = (len(rows) + 1) // 2
     figure = Figure(figsize=(1.5 + 2.6 * columns, 2 * (0.7 + 0.25 * len(results))))
     figure.set_layout_engine("constrained")
     grid = figure.subplots(2, columns, sharey=True, squeeze=False)
-    single = [_rows([*result.figures.values()]) for result in results]
+    single = [tables.all_rows([*result.figures.values()]) for result in results]
     for j, (axes, row) in enumerate(zip(grid.T.flat, rows)):
         for i, (mean, (low, high)) in enumerate(zip(row.values, row.intervals)):
             axes.plot([low, high], [i, i], color=COLOURS[0], linewidth=1.5)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +22,7 @@ from ttame_jax.errors import Failure
 from ttame_jax.experiments import tables
 from ttame_jax.experiments.arguments import Names
 from ttame_jax.experiments.cost import estimate, is_slow
-from ttame_jax.experiments.curves import curves
+from ttame_jax.experiments.curves import save_curves
 from ttame_jax.experiments.evaluate import (
     EvaluationOptions,
     EvaluationSetup,
@@ -28,10 +30,10 @@ from ttame_jax.experiments.evaluate import (
     known_figures,
     read_rows,
 )
+from ttame_jax.experiments.repeats import Repeats
 from ttame_jax.files import check_output_folder, locked, to_json, write_atomically
 from ttame_jax.labels import label
 from ttame_jax.methods import Method, compute_maps, list_methods, load_method, method_title
-from ttame_jax.metrics import replicates, summarise
 from ttame_jax.plots import explanation_grid, save_figure
 from ttame_jax.preprocessing import to_float
 from ttame_jax.runs import load_class_names, load_run
@@ -45,7 +47,8 @@ class CompareConfig(EvaluationOptions):
 
     run: tuple[Path, ...]
     """Folder of a T-TAME run. More runs of the same backbone are compared with it. The method of a run
-    is its variant, such as ttame or lcam, or VARIANT-FOLDER if several runs have that variant."""
+    is its variant, such as ttame or lcam, or VARIANT-FOLDER if several runs have that variant. Runs
+    that differ only in the seed share a column of the tables."""
     output: Path
     """Folder for METHOD.json, the tables, the curves and the picture."""
     methods: Annotated[
@@ -129,6 +132,7 @@ class Comparison:
             )
         self.backbone: Backbone = runs[0].backbone
         self.attentions = _by_name(config.run, [run.attention for run in runs])
+        self.configs = dict(zip(self.attentions, (run.config for run in runs)))
         self.setup = EvaluationSetup(config, runs[0])
         self.names = self._names()
 
@@ -210,24 +214,79 @@ class Comparison:
         return json.loads(to_json(settings))
 
     def write(self, figures: Mapping[str, dict]) -> None:
-        """Tables, curves and the picture."""
-        output, columns = self.config.output, list(figures.values())
-        chance = [self._replicates(name) for name in figures]
-        for name, rows in tables.comparison_tables(columns, chance).items():
+        """Tables, differences, curves and the picture."""
+        output, shared = self.config.output, self._shared_columns(figures)
+        columns: dict[str, Repeats] = {}
+        for name, one in figures.items():
+            column = columns.setdefault(shared[name], Repeats(metrics=self.config.measures))
+            column.add(self._seed(name), one, read_rows(output / f"{name}.json"))
+        means = [column.mean() | {"method": name} for name, column in columns.items()]
+        replicates = [column.replicates() for column in columns.values()]
+        for name, rows in tables.comparison_tables(means, replicates).items():
             for extension, text in tables.FORMATS.items():
-                write_atomically(output / f"table_{name}.{extension}", text(columns, rows))
-            print(tables.markdown(columns, rows))
+                write_atomically(output / f"table_{name}.{extension}", text(means, rows))
+            print(tables.markdown(means, rows))
+        if first := shared.get(next(iter(self.attentions))):
+            self._write_differences(columns, first)
         if "road" in self.config.measures:
-            curves([output / f"{name}.json" for name in figures], output)
+            save_curves({one["method"]: one for one in means}, output)
         if self.config.pictures:
-            self._draw(list(figures))
+            self._draw({column: name for name, column in reversed(shared.items())})
 
-    def _replicates(self, name: str) -> dict[str, Any]:
-        rows = read_rows(self.config.output / f"{name}.json")
-        return replicates(rows, lambda rows: summarise(rows, self.config.measures))
+    def _seed(self, name: str) -> int:
+        """The seed of a method's run; 0 for a method that is not trained."""
+        return self.configs[name].seed if name in self.configs else 0
 
-    def _draw(self, names: Sequence[str]) -> None:
-        """Images in columns, methods in rows. Each map explains the predicted class of its image."""
+    def _shared_columns(self, names: Iterable[str]) -> dict[str, str]:
+        """The column of each method: runs that differ only in the seed and the folder share one."""
+        alike = defaultdict(list)
+        for name in names:
+            config, limit = self.configs.get(name), self.config.limits.get(name)
+            own = dataclasses.replace(config, seed=0, output=Path()) if config else name
+            alike[repr((own, limit))].append(name)
+        columns = {}
+        for group in alike.values():
+            seeds = {self._seed(name) for name in group}
+            shared = self._column(group) if len(seeds) == len(group) > 1 else None
+            columns |= {name: shared or name for name in group}
+        return columns
+
+    def _column(self, group: Sequence[str]) -> str:
+        """The name of the column of runs: what their names have in common and others do not."""
+        variant = self.attentions[group[0]].variant
+        if len(self._methods_of([variant])) == len(group):
+            return variant
+        common = re.sub(r"[-_.]*(seed)?[-_.]*\d*$", "", os.path.commonprefix(list(group)))
+        others = (name for name in self.attentions if name not in group)
+        return group[0] if any(name.startswith(common) for name in others) else common
+
+    def _write_differences(self, columns: Mapping[str, Repeats], first: str) -> None:
+        """The columns minus that of the first run, on the images of both."""
+        changes = [
+            column.minus(columns[first]) | {"method": name}
+            for name, column in columns.items()
+            if name != first and np.isin(column.images, columns[first].images).any()
+        ]
+        if not changes:
+            return
+        rows, titles = tables.all_rows(changes), tables.titles(changes)
+        text = tables.differences([f"minus {method_title(first)}"], [[x] for x in titles], rows)
+        write_atomically(self.config.output / "differences.md", text)
+        lines = [
+            [title, row.title, *(f"{x:.3f}" for x in (row.values[i], *row.intervals[i]))]
+            for i, title in enumerate(titles)
+            for row in rows
+        ]
+        head = ["method", "measure", "difference", "low", "high"]
+        write_atomically(self.config.output / "differences.csv", tables.csv_table([head, *lines]))
+        print(text)
+
+    def _draw(self, names: Mapping[str, str]) -> None:
+        """Images in columns, methods in rows. Each map explains the predicted class of its image.
+
+        Args:
+          names: the method of each row.
+        """
         chosen = thin(self.setup.indices, self.config.pictures)
         (batch,) = evaluation_batches(
             self.setup.source, self.backbone.preprocessing, len(chosen), indices=chosen
@@ -236,10 +295,10 @@ class Comparison:
         images = jnp.asarray(to_float(pictures))
         classes = _predicted(self.backbone, images)
         rows = {}
-        for name in names:
+        for row, name in names.items():
             print(f"{name}: maps of {len(images)} images")
             maps = compute_maps(self.method(name), images, classes[:, None])
-            rows[method_title(name)] = np.asarray(maps[:, 0])
+            rows[method_title(row)] = np.asarray(maps[:, 0])
         class_names = load_class_names(self.config.run[0]) or self.backbone.class_names
         titles = [label(class_id, class_names) for class_id in classes.tolist()]
         path = self.config.output / "maps.png"

@@ -31,7 +31,16 @@ def curves(figures: Sequence[Path], output: Path) -> None:
       FileNotFoundError: a file does not exist.
     """
     check_output_folder(output)
-    lines = _read(figures)
+    save_curves(_read(figures), output)
+
+
+def save_curves(lines: Mapping[str, Mapping], output: Path) -> None:
+    """Writes `road.png`, `road.svg` and `road.csv`.
+
+    Args:
+      lines: `{name: figures}`.
+      output: an existing folder.
+    """
     figure = draw(lines)
     for suffix in ("png", "svg"):
         save_figure(figure, output / f"road.{suffix}")

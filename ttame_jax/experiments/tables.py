@@ -25,6 +25,7 @@ class Row:
       intervals: 95 %.
       lower_is_better: the metric's direction.
       within_chance: whether a value that is not the best differs from it by chance only.
+      spreads: the standard deviations over seeds; None for a method with one.
     """
 
     title: str
@@ -32,6 +33,14 @@ class Row:
     intervals: tuple[tuple[float, float], ...]
     lower_is_better: bool
     within_chance: tuple[bool, ...]
+    spreads: tuple[float | None, ...]
+
+    def texts(self) -> list[str]:
+        """The values, and the standard deviations of those that have one."""
+        return [
+            f"{value:.2f}" if spread is None else f"{value:.2f} ± {spread:.2f}"
+            for value, spread in zip(self.values, self.spreads)
+        ]
 
     def ranks(self, ranked: Sequence[bool]) -> list[int | None]:
         """Ranks the methods: 0 is the best, and values equal to two decimals share a rank.
@@ -81,7 +90,8 @@ def _row(row: TableRow, figures: Sequence[Figures], replicates: Sequence[Mapping
             difference = row.value(replicates[i]) - row.value(replicates[values.index(best)])
             low, high = interval(difference)
             chance[i] = bool(low <= 0 <= high)
-    return Row(row.title, values, intervals, row.lower_is_better, tuple(chance))
+    spreads = tuple(row.value(one["spread"]) if "spread" in one else None for one in figures)
+    return Row(row.title, values, intervals, row.lower_is_better, tuple(chance), spreads)
 
 
 def _ranked(figures: Sequence[Figures]) -> list[bool]:
@@ -102,8 +112,7 @@ def _cells(figures: Sequence[Figures], rows: Sequence[Row], cell: Cell) -> list[
     ranked = _ranked(figures)
     body = []
     for row in rows:
-        marked = zip(row.values, row.ranks(ranked), row.within_chance)
-        body.append([row.title, *(cell(f"{v:.2f}", rank, chance) for v, rank, chance in marked)])
+        body.append([row.title, *map(cell, row.texts(), row.ranks(ranked), row.within_chance)])
     return [*body, ["FP↓", *(str(one["forward_passes"]) for one in figures)]]
 
 
@@ -124,13 +133,18 @@ CHANCE = "* is within chance of the best: the 95 % interval of the difference on
 
 
 def titles(figures: Sequence[Figures]) -> list[str]:
-    """Returns the methods' titles, with the number of images if others have more."""
+    """Returns the methods' titles, with the number of seeds if it is not one, and of images if others
+    have more."""
     most = max(one["images"] for one in figures)
-    names = [method_title(one["method"]) for one in figures]
-    return [
-        name if one["images"] == most else f"{name} ({one['images']} images)"
-        for name, one in zip(names, figures)
-    ]
+    return [_title(one, most) for one in figures]
+
+
+def _title(figures: Figures, most: int) -> str:
+    notes = [f"{figures['seeds']} seeds"] if "seeds" in figures else []
+    if figures["images"] < most:
+        notes.append(f"{figures['images']} images")
+    name = method_title(figures["method"])
+    return f"{name} ({', '.join(notes)})" if notes else name
 
 
 def markdown(figures: Sequence[Figures], rows: Sequence[Row]) -> str:
@@ -144,6 +158,32 @@ def markdown(figures: Sequence[Figures], rows: Sequence[Row]) -> str:
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
     """Formats lines of cells, the second of which are dashes, as a Markdown table."""
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def all_rows(figures: Sequence[Figures]) -> list[Row]:
+    """Returns the rows of all tables, one table after the other."""
+    return [row for rows in comparison_tables(figures).values() for row in rows]
+
+
+def differences(head: Sequence[str], labels: Iterable[Sequence[str]], rows: Sequence[Row]) -> str:
+    """Formats a Markdown table with a line for each difference, in percent points.
+
+    Brackets are 95 % intervals. Differences whose interval does not contain 0 are bold.
+
+    Args:
+      head: the titles of the labels.
+      labels: the first cells of each line.
+      rows: of differences.
+    """
+    lines = [[*label, *(_difference(row, i) for row in rows)] for i, label in enumerate(labels)]
+    titles = [*head, *(row.title for row in rows)]
+    return markdown_table([titles, ["---"] * len(titles), *lines])
+
+
+def _difference(row: Row, i: int) -> str:
+    low, high = row.intervals[i]
+    text = f"{row.values[i]:+.1f} [{low:.1f}, {high:.1f}]"
+    return text if low <= 0 <= high else f"**{text}**"
 
 
 def comma_separated(figures: Sequence[Figures], rows: Sequence[Row]) -> str:
@@ -171,6 +211,8 @@ def latex(figures: Sequence[Figures], rows: Sequence[Row]) -> str:
     backbone, images = figures[0]["backbone"], max(one["images"] for one in figures)
     caption = f"Explanation methods on {backbone}, {images} images, with 95 % intervals; FP is the "
     caption += "number of forward passes per image."
+    if any("spread" in one for one in figures):
+        caption += " ± is the standard deviation over seeds."
     if any(any(row.within_chance) for row in rows):
         caption += f" {CHANCE}."
     text += [r"\midrule", _latex_line(passes)]
