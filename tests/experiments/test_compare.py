@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -190,12 +191,14 @@ def copied(run, folder, factor=1.0, **settings):
     return folder
 
 
-def test_runs_that_differ_in_the_seed_share_a_column(run, tmp_path):
+def test_runs_that_differ_in_the_seed_share_a_column(run, tmp_path, capsys):
     paper = [copied(run, tmp_path / f"paper_{i}", 1 + i, seed=i) for i in range(2)]
     loss = LossConfig(recipe="scaled")
     scaled = [copied(run, tmp_path / f"scaled_{i}", -1 - i, seed=i, loss=loss) for i in range(2)]
     words = ["--pictures", "2", "--methods", "gradcam,ttame"]
     compare(paper[0], tmp_path / "out", *words, "--run", *map(str, paper + scaled))
+    drawn = re.findall("^(.+): maps of 2 images", capsys.readouterr().out, re.MULTILINE)
+    assert drawn == ["gradcam", "ttame-paper_0", "ttame-scaled_0"]
     head, _, line, *_ = (tmp_path / "out" / "table_ad_ic.md").read_text().splitlines()
     assert head == "| measure | Grad-CAM | T-TAME, paper (2 seeds) | T-TAME, scaled (2 seeds) |"
     names = [f"ttame-{recipe}_{i}" for recipe in ("paper", "scaled") for i in range(2)]

@@ -231,7 +231,7 @@ class Comparison:
         if "road" in self.config.measures:
             save_curves({one["method"]: one for one in means}, output)
         if self.config.pictures:
-            self._draw({column: name for name, column in reversed(shared.items())})
+            self._draw({column: _first(shared, column) for column in columns})
 
     def _seed(self, name: str) -> int:
         """The seed of a method's run; 0 for a method that is not trained."""
@@ -324,6 +324,11 @@ def _by_name(
             f"two runs would be named {twice[0]}: give each run once, or rename a folder"
         )
     return dict(zip(names, attentions))
+
+
+def _first(columns: Mapping[str, str], column: str) -> str:
+    """The first method of a column."""
+    return next(name for name, of_one in columns.items() if of_one == column)
 
 
 @nnx.jit
