@@ -5,7 +5,13 @@ import jax
 import numpy as np
 import pytest
 
-from ttame_jax.experiments.tables import comma_separated, comparison_tables, latex, markdown
+from ttame_jax.experiments.tables import (
+    comma_separated,
+    comparison_tables,
+    latex,
+    markdown,
+    titles,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -65,6 +71,20 @@ def test_equal_as_far_as_two_decimals_tell_share_a_place(columns):
     lines = markdown(columns, comparison_tables(columns)["road"]).splitlines()
     assert lines[2] == "| MoRF↓ | <u>21.40</u> | 1.00 | **17.74** | **17.74** |"
     assert lines[3] == "| LeRF↑ | <u>78.60</u> | 99.00 | **82.26** | **82.26** |"
+
+
+def test_means_over_seeds_have_their_standard_deviation(columns):
+    measured = {key: columns[3][key] for key in columns[3]["intervals"]}
+    columns[3] |= {"seeds": 3, "spread": jax.tree.map(lambda value: 0.5, measured)}
+    rows = comparison_tables(columns)["ad_ic"]
+    lines = markdown(columns, rows).splitlines()
+    assert lines[0].endswith("| no_skip | T-TAME (3 seeds) |")
+    assert lines[2].endswith("| <u>9.33</u> | **8.74 ± 0.50** |")
+    text = latex(columns, rows)
+    assert r"\textbf{8.74 $\pm$ 0.50}" in text
+    assert r"$\pm$ is the standard deviation over seeds." in text
+    columns[3]["images"] = 20
+    assert titles(columns)[3] == "T-TAME (3 seeds, 20 images)"
 
 
 def test_csv_holds_plain_values(columns):
