@@ -87,6 +87,14 @@ class Options:
     seed: int = 0
     """Seed of the initial parameters, the order of the photographs and their augmentation."""
 
+    def __post_init__(self):
+        for name in ("crop_pct", "smallest_crop"):
+            if not 0 < (value := getattr(self, name)) <= 1:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} must be above 0 and at most 1, not {value}")
+        if not 0 <= self.mixed <= 1:
+            raise ValueError(f"--mixed must be between 0 and 1, not {self.mixed}")
+
 
 class Student(nnx.Module):
     """A ViT, and regressions of the teacher's features on the tokens of its last three blocks."""

@@ -53,6 +53,13 @@ def test_a_test_size_that_does_not_fit_is_refused_before_the_training(tmp_path):
         distil_vit.run(options)
 
 
+@pytest.mark.parametrize("wrong", [{"crop_pct": 0.0}, {"smallest_crop": 1.5}, {"mixed": -0.1}])
+def test_shares_are_checked(wrong, tmp_path):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be"):
+        distil_vit.Options(tmp_path / "vit.safetensors", **wrong)
+
+
 def test_exchanged_patches_count_with_their_label_and_their_features(monkeypatch):
     seen = []
 
