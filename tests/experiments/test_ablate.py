@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -214,6 +215,12 @@ def test_differences_are_those_from_the_first_setting():
     # Those of the two seeds are 3 and 5.
     assert lines[2].startswith("| 2 | **+4.0 [3.0, 5.0]** | +0.0 [0.0, 0.0] |")
     assert len(lines) == 3 and differences(results[:1]) == ""
+
+
+def test_boxes_are_read_for_metrics_of_localisation():
+    boxes = Path("boxes.csv")
+    options = Ablation(measures=("energy",), evaluation_boxes=boxes).options()
+    assert options.boxes == boxes and options.measures == ("energy",)
 
 
 def test_one_run_that_diverges_does_not_stop_the_others(pictures, tmp_path, monkeypatch, finished):

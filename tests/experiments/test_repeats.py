@@ -63,6 +63,14 @@ def test_a_difference_is_paired_over_the_seeds():
     assert change["seeds"] == 2 and "spread" not in change
 
 
+def test_the_order_in_which_seeds_are_added_does_not_matter():
+    other = repeats(0.02, 0.06)
+    reverse = Repeats(metrics=METRICS)
+    for seed in (1, 0):
+        reverse.add(seed, other.figures[seed], other.rows[seed])
+    assert drop(repeats(0.05, 0.09).minus(reverse)["intervals"]) == pytest.approx([3, 3])
+
+
 def test_means_over_seeds_are_compared_with_a_single_evaluation():
     assert drop(repeats(0.02, 0.06).minus(repeats(0))) == pytest.approx(4)
 

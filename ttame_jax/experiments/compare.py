@@ -217,7 +217,9 @@ class Comparison:
         """Tables, differences, curves and the picture."""
         output, shared = self.config.output, self._shared_columns(figures)
         columns: dict[str, Repeats] = {}
+        drawn: dict[str, str] = {}  # the first method of each column
         for name, one in figures.items():
+            drawn.setdefault(shared[name], name)
             column = columns.setdefault(shared[name], Repeats(metrics=self.config.measures))
             column.add(self._seed(name), one, read_rows(output / f"{name}.json"))
         means = [column.mean() | {"method": name} for name, column in columns.items()]
@@ -231,7 +233,7 @@ class Comparison:
         if "road" in self.config.measures:
             save_curves({one["method"]: one for one in means}, output)
         if self.config.pictures:
-            self._draw({column: _first(shared, column) for column in columns})
+            self._draw(drawn)
 
     def _seed(self, name: str) -> int:
         """The seed of a method's run; 0 for a method that is not trained."""
@@ -324,11 +326,6 @@ def _by_name(
             f"two runs would be named {twice[0]}: give each run once, or rename a folder"
         )
     return dict(zip(names, attentions))
-
-
-def _first(columns: Mapping[str, str], column: str) -> str:
-    """The first method of a column."""
-    return next(name for name, of_one in columns.items() if of_one == column)
 
 
 @nnx.jit

@@ -20,7 +20,7 @@ class Repeats:
       metrics: names of the metrics.
       figures: by seed, as `EvaluationSetup.evaluate` returns them.
       rows: what the figures are means of, by seed, in the order of their index.
-      resampled: the figures of resampled images, by seed.
+      resampled: the figures of resampled images, by seed. They take long to compute.
     """
 
     metrics: Sequence[str]
@@ -56,9 +56,10 @@ class Repeats:
         """The means for resampled images and resampled seeds: a tree with leaves `[resamples]`.
 
         The images and the seeds of each resampling depend on their numbers only. Differences between
-        the replicates of two `Repeats` on the same images are those of a paired bootstrap.
+        the replicates of two `Repeats` on the same images are those of a paired bootstrap. It is also
+        paired over the seeds if both have the same ones.
         """
-        trees = [*self.resampled.values()]
+        trees = [self.resampled[seed] for seed in sorted(self.resampled)]
         if len(trees) == 1:
             return trees[0]
         resamples = len(jax.tree.leaves(trees[0])[0])
