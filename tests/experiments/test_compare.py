@@ -223,6 +223,16 @@ def test_equal_runs_of_one_seed_have_columns_of_their_own(run, tmp_path):
     assert head == "| measure | T-TAME, first | T-TAME, second |"
 
 
+def test_tables_and_curves_of_an_earlier_comparison_are_removed(finished, run, tmp_path):
+    output = shutil.copytree(finished, tmp_path / "out")
+    (output / "table_of_mine.md").touch()
+    words = ["--methods", "ttame", "--measures", "ad", "--pictures", "0", "--limit", "4"]
+    compare(run, output, *words)
+    written = {path.name for path in output.iterdir() if path.suffix not in (".json", ".npz")}
+    tables = {f"table_ad_ic.{end}" for end in ("md", "csv", "tex")}
+    assert written == tables | {"table_of_mine.md", "maps.png"}
+
+
 def test_runs_of_the_same_variant_are_told_apart(run, tmp_path, refusal):
     first = copied(run, tmp_path / "paper" / "seed_0")
     second = copied(run, tmp_path / "scaled" / "seed_0", factor=-1)

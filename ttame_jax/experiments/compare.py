@@ -1,6 +1,7 @@
 """`ttame compare`: explanation methods side by side on one backbone (Tables II to V, Fig. 15)."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -34,6 +35,7 @@ from ttame_jax.experiments.repeats import Repeats
 from ttame_jax.files import check_output_folder, locked, to_json, write_atomically
 from ttame_jax.labels import label
 from ttame_jax.methods import Method, compute_maps, list_methods, load_method, method_title
+from ttame_jax.metrics import list_metrics, load_metrics
 from ttame_jax.plots import explanation_grid, save_figure
 from ttame_jax.preprocessing import to_float
 from ttame_jax.runs import load_class_names, load_run
@@ -50,7 +52,8 @@ class CompareConfig(EvaluationOptions):
     is its variant, such as ttame or lcam, or VARIANT-FOLDER if several runs have that variant. Runs
     that differ only in the seed share a column of the tables."""
     output: Path
-    """Folder for METHOD.json, the tables, the curves and the picture."""
+    """Folder for METHOD.json, the tables, the curves and the picture. Tables and curves of an earlier
+    comparison are replaced."""
     methods: Annotated[
         Names, tyro.conf.arg(help=f"Methods to compare, or all: {', '.join(list_methods())}.")
     ] = ALL
@@ -216,6 +219,7 @@ class Comparison:
     def write(self, figures: Mapping[str, dict]) -> None:
         """Tables, differences, curves and the picture."""
         output, shared = self.config.output, self._shared_columns(figures)
+        _remove_results(output)
         columns: dict[str, Repeats] = {}
         drawn: dict[str, str] = {}  # the first method of each column
         for name, one in figures.items():
@@ -306,6 +310,16 @@ class Comparison:
         path = self.config.output / "maps.png"
         save_figure(explanation_grid(pictures, rows, titles), path)
         print(path)
+
+
+def _remove_results(output: Path) -> None:
+    """Removes the tables, differences and curves of an earlier comparison.
+
+    It may have measured what this one does not.
+    """
+    names = {"differences", "road", *(f"table_{m.table}" for m in load_metrics(list_metrics()))}
+    for name, extension in itertools.product(names, [*tables.FORMATS, "png", "svg"]):
+        (output / f"{name}.{extension}").unlink(missing_ok=True)
 
 
 def _by_name(
