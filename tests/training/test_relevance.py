@@ -35,8 +35,8 @@ def function_backbone():
     return FunctionBackbone(channels_first, params, preprocessing=Preprocessing(image_size=SIZE))
 
 
-def resnet():
-    return load_backbone("resnet18", image_size=SIZE, num_classes=5)
+def squeezenet():
+    return load_backbone("squeezenet1_1", image_size=SIZE, num_classes=5)
 
 
 def relevance(backbone, layers):
@@ -48,7 +48,7 @@ def relevance(backbone, layers):
     return maps, logits.argmax(-1)[:, None]
 
 
-@pytest.mark.parametrize("build", [resnet, function_backbone])
+@pytest.mark.parametrize("build", [squeezenet, function_backbone])
 @pytest.mark.parametrize("first", [0, 1])
 def test_of_a_cnn_it_is_the_mean_of_gradient_times_activation(build, first, monkeypatch):
     monkeypatch.setattr(compilers, "CPU_PIXELS", 2 * SIZE * SIZE)
@@ -69,7 +69,7 @@ def test_of_a_cnn_it_is_the_mean_of_gradient_times_activation(build, first, monk
 def test_the_passes_share_what_they_have_in_common():
     """Several feature maps cost little more than the earliest, whose gradient passes the others,
     and that no more than the gradient of the pass that classifies."""
-    backbone = resnet()
+    backbone = squeezenet()
     before, after = backbone.split(backbone.feature_layers[0])
 
     def flops(function):
