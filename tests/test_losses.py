@@ -90,27 +90,30 @@ def test_the_disagreement_with_a_constant_map_is_one_with_a_finite_gradient():
 
 
 @pytest.mark.parametrize(
-    ("config", "complement", "relevance"),
+    ("config", "regulariser", "complement", "relevance"),
     [
-        (LossConfig("paper"), 0, 0),
-        (LossConfig("scaled"), 0, 0),
-        (LossConfig("complement"), 0.5, 0),
-        (LossConfig("complement", complement_weight=0), 0, 0),
-        (LossConfig("paper", complement_weight=0.3), 0.3, 0),
-        (LossConfig("relevance"), 0, 1),
-        (LossConfig("relevance", complement_weight=0.3, relevance_weight=2), 0.3, 2),
+        (LossConfig("paper"), 2, 0, 0),
+        (LossConfig("scaled"), 2, 0, 0),
+        (LossConfig("complement"), 2, 0.5, 0),
+        (LossConfig("complement", complement_weight=0), 2, 0, 0),
+        (LossConfig("paper", complement_weight=0.3), 2, 0.3, 0),
+        (LossConfig("paper", regulariser_weight=0), 0, 0, 0),
+        (LossConfig("relevance"), 1, 0, 2),
+        (LossConfig("relevance", 1.5, 3, complement_weight=0.3, relevance_weight=1), 3, 0.3, 1),
     ],
 )
-def test_the_recipe_sets_the_weights_of_the_extra_terms_unless_they_are_given(
-    config, complement, relevance
-):
-    assert config.extra_weight("complement") == complement
-    assert config.extra_weight("relevance") == relevance
+def test_the_recipe_sets_weights_unless_they_are_given(config, regulariser, complement, relevance):
+    weights = {"regulariser": regulariser, "complement": complement, "relevance": relevance}
+    assert {term: config.weight(term) for term in weights} == weights
+    resolved = config.resolved()
+    assert {term: getattr(resolved, f"{term}_weight") for term in weights} == weights
+    assert (resolved.recipe, resolved.area_exponent) == (config.recipe, config.area_exponent)
     maps, entropies = jnp.full((2, 2, 4, 4), 0.5), jnp.ones(2)
     extra = {"complement": jnp.full(2, 3.0), "relevance": jnp.array([0.0, 1.0])}
     without, _ = total_loss(maps, entropies, config)
     loss, terms = total_loss(maps, entropies, config, extra)
     np.testing.assert_allclose(loss - without, 3 * complement + 0.5 * relevance, rtol=1e-5)
+    np.testing.assert_allclose(without - 1.5, regulariser * terms["area"], rtol=1e-5)
     assert (terms["complement"], terms["relevance"]) == (3, 0.5)
 
 

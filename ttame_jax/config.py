@@ -157,14 +157,15 @@ class TrainConfig(Logging, Optimization, Model, Validation, Data, Common):
     def save(self, folder: Path | None = None, inputs: Mapping[str, str] | None = None) -> None:
         """Writes ``config.json`` into the run's folder, or into the given one.
 
+        It has the weights of the loss even if they are the recipe's, whose own may change.
+
         Args:
           folder: the folder.
           inputs: fingerprints of what the run reads, by name.
         """
         folder = folder or self.output
-        fields = dataclasses.asdict(relative_to(folder, self)) | (
-            {INPUTS: inputs} if inputs else {}
-        )
+        saved = dataclasses.replace(relative_to(folder, self), loss=self.loss.resolved())
+        fields = dataclasses.asdict(saved) | ({INPUTS: inputs} if inputs else {})
         text = to_json(fields, indent=2) + "\n"
         write_atomically(folder / CONFIG_FILE, text)
 
@@ -201,7 +202,8 @@ def located(folder: str | Path, config: TrainConfig) -> TrainConfig:
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
-    """The configuration with absolute paths, to be compared with another one."""
+    """The configuration with absolute paths and all weights, to be compared with another one."""
+    config = dataclasses.replace(config, loss=config.loss.resolved())
     return _with_paths(config, lambda path: path if in_bucket(path) else os.path.abspath(path))
 
 

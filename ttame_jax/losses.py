@@ -92,6 +92,7 @@ class Recipe:
       scaled: whether Psi, and with it the mask, are the maps that are shown: sigmoids, min-max
         scaled. The paper trains the sigmoids, and shows and evaluates maps that are min-max scaled
         before the sigmoid.
+      regulariser_weight: lambda 2, unless the configuration has another.
       complement_weight: weight of `complement`, unless the configuration has another.
       relevance_weight: weight of `disagreement` with the relevance of positions
         (`ttame_jax.training.relevance`), unless the configuration has another.
@@ -100,6 +101,7 @@ class Recipe:
     area: Callable[[jax.Array, float], jax.Array] = area
     variation: Callable[[jax.Array], jax.Array] = variation
     scaled: bool = False
+    regulariser_weight: float = 2.0
     complement_weight: float = 0.0
     relevance_weight: float = 0.0
 
@@ -109,7 +111,7 @@ RECIPES = {
     "reference": Recipe(reference_area, reference_variation),
     "scaled": Recipe(scaled=True),
     "complement": Recipe(scaled=True, complement_weight=0.5),
-    "relevance": Recipe(scaled=True, relevance_weight=1.0),
+    "relevance": Recipe(scaled=True, regulariser_weight=1.0, relevance_weight=2.0),
 }
 if TYPE_CHECKING:
     RecipeName = str
@@ -131,8 +133,9 @@ class LossConfig:
     out (complement) or for the order of its values (relevance)."""
     cross_entropy_weight: float = 1.5
     """Lambda 1."""
-    regulariser_weight: float = 2.0
-    """Lambda 2."""
+    regulariser_weight: float | None = None
+    """Lambda 2. By default it is that of the recipe: 1 for relevance, and 2 as in the paper for the
+    others."""
     variation_weight: float = 0.005
     """Lambda 3."""
     area_exponent: float = 0.3
@@ -144,7 +147,7 @@ class LossConfig:
     relevance_weight: float | None = None
     """Weight of 1 minus the correlation of the map with the relevance that gradients of the classifier
     give. More than 0 takes one more gradient of the classifier. By default it is that of the recipe:
-    1 for relevance, and 0 for the others."""
+    2 for relevance, and 0 for the others."""
 
     def __post_init__(self):
         weights = ("cross_entropy", "regulariser", "variation", *EXTRA_TERMS)
@@ -155,11 +158,17 @@ class LossConfig:
         if not 0 < self.area_exponent < math.inf:
             raise ValueError(f"area_exponent must be positive and finite, not {self.area_exponent}")
 
-    def extra_weight(self, term: str) -> float:
-        """The weight of one of `EXTRA_TERMS`: the configured one, or else the recipe's."""
+    def weight(self, term: str) -> float:
+        """The weight of the regulariser or of one of `EXTRA_TERMS`: the configured one, or else the
+        recipe's."""
         name = f"{term}_weight"
         configured = getattr(self, name)
         return getattr(RECIPES[self.recipe], name) if configured is None else configured
+
+    def resolved(self) -> "LossConfig":
+        """The configuration with the recipe's weights where none is given."""
+        terms = ("regulariser", *EXTRA_TERMS)
+        return dataclasses.replace(self, **{f"{term}_weight": self.weight(term) for term in terms})
 
 
 def total_loss(
@@ -185,8 +194,8 @@ def total_loss(
     }
     regulariser = terms["area"] + config.variation_weight * terms["variation"]
     loss = config.cross_entropy_weight * terms["cross_entropy"]
-    loss += config.regulariser_weight * regulariser
+    loss += config.weight("regulariser") * regulariser
     for name, values in (extra or {}).items():
         terms[name] = values.mean()
-        loss += config.extra_weight(name) * terms[name]
+        loss += config.weight(name) * terms[name]
     return loss, terms

@@ -16,6 +16,7 @@ from reference_code import CHANNELS, attention_state, checkpoint, class_maps, la
 from safetensors.torch import load_file, save_file
 
 from ttame_jax import load_explainer
+from ttame_jax.config import resolved
 from ttame_jax.convert.authors import attention_state as authors_state
 from ttame_jax.convert.authors import from_reference
 from ttame_jax.convert.export import run_to_torch
@@ -206,7 +207,7 @@ def check_maps(model, module, names, folder, their_layers):
 
 def test_the_authors_settings_are_taken_over(written, tmp_path):
     config = from_reference(written(epochs=5, lr=0.01), tmp_path / "run", weights="w.safetensors")
-    assert config == load_config(tmp_path / "run")
+    assert resolved(config) == resolved(load_config(tmp_path / "run"))
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["output"] == str(tmp_path / "run") and saved["evaluation_masking"] == "pixel"
     assert (config.epochs, config.learning_rate, config.loss.recipe) == (5, 0.01, "reference")

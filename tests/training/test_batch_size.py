@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from launch import Launcher, fellows, train_command
 
 from ttame_jax.cli import main
-from ttame_jax.config import command
+from ttame_jax.config import command, resolved
 from ttame_jax.experiments.train import train
 from ttame_jax.losses import LossConfig
 from ttame_jax.mesh import AXIS, data_mesh
@@ -161,7 +161,7 @@ def test_a_run_keeps_the_number_it_has_found(config, monkeypatch, capfd):
     outputs = needs.output_size_in_bytes - needs.alias_size_in_bytes
     give(monkeypatch, needs.argument_size_in_bytes + outputs + needs.temp_size_in_bytes)
     train(config)
-    assert load_config(config.output) == dataclasses.replace(config, batch_size=16)
+    assert load_config(config.output) == resolved(dataclasses.replace(config, batch_size=16))
     assert "4 steps of 16, peak rate 0.001" in capfd.readouterr().err
     give(monkeypatch, 1e12)
     train(config)

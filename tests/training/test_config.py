@@ -7,6 +7,7 @@ import pytest
 
 from ttame_jax.cli import main
 from ttame_jax.config import TrainConfig
+from ttame_jax.losses import LossConfig
 from ttame_jax.runs import load_config
 from ttame_jax.training.loop import settle
 
@@ -33,7 +34,7 @@ def test_a_run_folder_may_be_in_a_bucket(tmp_path, monkeypatch, bucket):
 
 
 def test_settings_that_an_old_run_did_not_have_are_the_defaults(tmp_path):
-    config = TrainConfig(backbone="vit_b16", output=tmp_path)
+    config = TrainConfig(backbone="vit_b16", output=tmp_path, loss=LossConfig().resolved())
     config.save()
     path = tmp_path / "config.json"
     fields = json.loads(path.read_text())
@@ -55,6 +56,7 @@ def test_a_run_moves_together_with_what_it_reads(tmp_path, monkeypatch):
         dataset="folder:photos",
         data_dir=str(tmp_path / "elsewhere"),
         validation_list=Path("list.txt"),
+        loss=LossConfig().resolved(),
     )
     config.save()
     assert load_config("runs/one") == config

@@ -17,6 +17,7 @@ from launch import wait_for_steps
 from PIL import Image
 from tiny import TINY
 
+from ttame_jax.config import resolved
 from ttame_jax.data import load_source
 from ttame_jax.errors import Damaged, Failure, one_line_errors
 from ttame_jax.experiments.train import panel, train
@@ -60,7 +61,7 @@ def assert_same_parameters(one, other):
 
 def test_a_run_writes_what_it_promises(config, capfd):
     train(config)
-    assert load_config(config.output) == config
+    assert load_config(config.output) == resolved(config)
     logged = lines(config.output / "metrics.jsonl")
     assert [line["step"] for line in logged] == [3, 6, 9, 12]
     assert set(logged[0]) == {
@@ -162,6 +163,8 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(config, monkeypatch, c
 
 def test_a_folder_with_a_run_of_other_settings_is_refused(config):
     config.save()
+    weights = json.loads((config.output / "config.json").read_text())["loss"]
+    assert (weights["regulariser_weight"], weights["relevance_weight"]) == (2, 0)
     other = dataclasses.replace(config, learning_rate=0.5, loss=LossConfig("reference"))
     with pytest.raises(ValueError, match="--learning-rate was 0.01.*choose another --output"):
         train(other)

@@ -84,7 +84,7 @@ def literal_loss(backbone, attention, images, masking, recipe, complement_weight
         relevance = (inputs.sum(2) + biases)[:, 0, 1:]  # without the class token
         pairs = zip(own.reshape(len(images), -1), relevance)
         terms["relevance"] = 1 - jnp.mean(jnp.stack([jnp.corrcoef(a, b)[0, 1] for a, b in pairs]))
-        loss += terms["relevance"]
+        loss += 2 * terms["relevance"]
     return loss, terms
 
 

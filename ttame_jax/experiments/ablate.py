@@ -24,7 +24,7 @@ from ttame_jax.experiments.evaluate import (
 from ttame_jax.experiments.repeats import Repeats
 from ttame_jax.experiments.sweep import Axis, Setting, Trial, field_axis, grid, train_each
 from ttame_jax.files import check_output_folder, locked, to_json, write_atomically
-from ttame_jax.losses import EXTRA_TERMS, RECIPES
+from ttame_jax.losses import RECIPES
 from ttame_jax.methods import load_method
 from ttame_jax.metrics.base import Rows
 from ttame_jax.plots import COLOURS, save_figure
@@ -181,8 +181,7 @@ def _loss_axis(config: TrainConfig) -> Axis:
     own = config.loss.recipe
     recipes = [own, *(recipe for recipe in RECIPES if recipe != own)]
     settings = [Setting(f"recipe {recipe}", {"loss.recipe": recipe}) for recipe in recipes]
-    extra = {f"{term}_weight": config.loss.extra_weight(term) for term in EXTRA_TERMS}
-    weights = vars(config.loss) | extra
+    weights: dict[str, Any] = dataclasses.asdict(config.loss.resolved())
     del weights["recipe"]
     for name, value in weights.items():
         for changed in (value * factor for factor in FACTORS if value):

@@ -18,6 +18,7 @@ from flax import nnx
 
 from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import Backbone
+from ttame_jax.config import resolved
 from ttame_jax.data import evaluation_batches, thin
 from ttame_jax.errors import Failure
 from ttame_jax.experiments import tables
@@ -248,7 +249,7 @@ class Comparison:
         alike = defaultdict(list)
         for name in names:
             config, limit = self.configs.get(name), self.config.limits.get(name)
-            own = dataclasses.replace(config, seed=0, output=Path()) if config else name
+            own = dataclasses.replace(resolved(config), seed=0, output=Path()) if config else name
             alike[repr((own, limit))].append(name)
         columns = {}
         for group in alike.values():

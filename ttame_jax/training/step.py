@@ -94,7 +94,7 @@ def _compiled(
         classify = nnx.merge(backbone_graph, backbone_state)
         mechanism = nnx.merge(attention_graph, params, batch_stats, copy=True)
         relevance = None
-        if loss_config.extra_weight("relevance"):
+        if loss_config.weight("relevance"):
             layers = classify.feature_layers[mechanism.first_layer :]
             logits, features, relevance = classify_with_relevance(classify, images, layers)
         else:
@@ -112,7 +112,7 @@ def _compiled(
         masks = upsample(own, images.shape[1:3])
         judge = functools.partial(_judge_masked, classify, images, classes, masking)
         extra = {}
-        if loss_config.extra_weight("complement"):
+        if loss_config.weight("complement"):
             extra["complement"] = judge(1 - masks, complement)
         if relevance is not None:
             extra["relevance"] = disagreement(own, relevance)
