@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ttame_jax.cli import main
-from ttame_jax.config import TrainConfig
+from ttame_jax.config import TrainConfig, command, preset
 from ttame_jax.losses import LossConfig
 from ttame_jax.runs import load_config
 from ttame_jax.training.loop import settle
@@ -41,6 +41,21 @@ def test_settings_that_an_old_run_did_not_have_are_the_defaults(tmp_path):
     del fields["synchronise"]
     path.write_text(json.dumps(fields))
     assert load_config(str(tmp_path)) == config
+
+
+def test_the_command_of_a_saved_run_leaves_the_weights_of_its_recipe_to_it(tmp_path):
+    for loss, flags in (
+        (LossConfig(), ""),
+        (LossConfig("relevance"), " --loss.recipe relevance"),
+        (
+            LossConfig("relevance", regulariser_weight=2.0),
+            " --loss.recipe relevance --loss.regulariser-weight 2.0",
+        ),
+    ):
+        config = dataclasses.replace(preset("vit_b16"), loss=loss)
+        config.save(tmp_path)
+        saved = dataclasses.replace(load_config(tmp_path), output=config.output)
+        assert command(saved) == f"ttame train --backbone vit_b16{flags}"
 
 
 def test_a_run_moves_together_with_what_it_reads(tmp_path, monkeypatch):
