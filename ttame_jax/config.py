@@ -238,14 +238,9 @@ def preset(backbone: str) -> TrainConfig:
 def command(config: TrainConfig) -> str:
     """The command line of a run: ``ttame train`` and the differences from the backbone's preset."""
     usual = preset(config.backbone)
-    loss = dataclasses.replace(usual.loss, recipe=config.loss.recipe)
-    recipes_own = {
-        name: getattr(loss, name)
-        for name, value in vars(loss.resolved()).items()
-        if value == getattr(config.loss, name)
-    }
-    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, **recipes_own))
-    flags = _flags(config, usual)
+    weights = dataclasses.replace(usual.loss, recipe=config.loss.recipe).resolved()
+    usual = dataclasses.replace(usual, loss=dataclasses.replace(weights, recipe=usual.loss.recipe))
+    flags = _flags(dataclasses.replace(config, loss=config.loss.resolved()), usual)
     return shlex.join(["ttame", "train", "--backbone", config.backbone, *flags])
 
 

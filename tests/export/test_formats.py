@@ -45,7 +45,7 @@ def make_explainer(random_backbone):
         )
         attention = randomised(abstract, seed=1)
         if method != "ttame":
-            # Without optimisation, which tests do without, 50 steps take minutes.
+            # XLA does not optimise in tests, so the default of 50 steps would take minutes.
             few = {"steps": 4} if method == "integrated_gradients" else {}
             return Explainer(load_method(method, backbone, **few))
         return Explainer(TTAME(backbone, attention), list("abcde"))

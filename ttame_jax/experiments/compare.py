@@ -220,7 +220,6 @@ class Comparison:
     def write(self, figures: Mapping[str, dict]) -> None:
         """Tables, differences, curves and the picture."""
         output, shared = self.config.output, self._shared_columns(figures)
-        _remove_results(output)
         columns: dict[str, Repeats] = {}
         drawn: dict[str, str] = {}  # the first method of each column
         for name, one in figures.items():
@@ -229,7 +228,9 @@ class Comparison:
             column.add(self._seed(name), one, read_rows(output / f"{name}.json"))
         means = [column.mean() | {"method": name} for name, column in columns.items()]
         replicates = [column.replicates() for column in columns.values()]
-        for name, rows in tables.comparison_tables(means, replicates).items():
+        written = tables.comparison_tables(means, replicates)
+        _remove_results(output)
+        for name, rows in written.items():
             for extension, text in tables.FORMATS.items():
                 write_atomically(output / f"table_{name}.{extension}", text(means, rows))
             print(tables.markdown(means, rows))
