@@ -234,6 +234,28 @@ def test_an_interrupted_evaluation_resumes(run, tmp_path, monkeypatch):
     assert figures["settings"]["inputs"] == whole["settings"]["inputs"]
 
 
+@pytest.mark.parametrize(("masks", "images"), [(4000, 8), (2000, 16)])
+def test_an_interrupted_slow_method_loses_one_image_per_device(
+    masks, images, run, tmp_path, monkeypatch
+):
+    """Or 4000 forward passes, if an image needs fewer. The tests have 8 devices."""
+    from ttame_jax.metrics.evaluation import Evaluator
+
+    batches = Evaluator.batches
+
+    def interrupted(self, indices, state=None):
+        yield next(batches(self, indices, state))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Evaluator, "batches", interrupted)
+    words = ["evaluate", "--run", str(run), "--method", "rise", "--batch-size", "16"]
+    output = tmp_path / "rise.json"
+    with pytest.raises(SystemExit):
+        main([*words, "--method-config", "masks", str(masks), "--output", str(output)])
+    _, *rows = output.with_name("rise.json.partial").read_text().splitlines()
+    assert len(rows) == images
+
+
 def test_a_list_chooses_images_by_name(run, tmp_path, capsys, refusal):
     names = tmp_path / "list.txt"
     names.write_text("003.png 7\n011.png 1\nabsent.png 0\n")

@@ -61,6 +61,22 @@ def test_every_image_has_its_maps_names_and_probabilities(command, weights, pict
     assert info["settings"]["method"] == "gradcam" and info["image_size"] == TINY["image_size"]
 
 
+def test_slow_methods_have_batches_of_one_image_per_device(command, tmp_path, monkeypatch):
+    from ttame_jax.experiments import explain_dataset
+
+    sizes = []
+
+    def batches(source, preprocessing, batch_size, **options):
+        sizes.append(batch_size)
+        return evaluation_batches(source, preprocessing, batch_size, **options)
+
+    monkeypatch.setattr(explain_dataset, "evaluation_batches", batches)
+    options = ["--limit", 8, "--shard-size", 8, "--batch-size", 16, "--method-config", "masks"]
+    command("--method", "rise", *options, 4000)
+    command("--method", "rise", *options, 1000, "--output", tmp_path / "fewer")
+    assert sizes == [8, 16]
+
+
 def test_only_missing_files_are_computed_again(command):
     folder = command()
     first, second, third = sorted(folder.glob("*.parquet"))

@@ -191,7 +191,8 @@ class Comparison:
         if is_slow(method):
             _say(estimate(method, len(indices)))
         else:
-            _say(f"{name}: {len(indices)} images, {method.forward_passes} forward passes each")
+            passes = "pass" if method.forward_passes == 1 else "passes"
+            _say(f"{name}: {len(indices)} images, {method.forward_passes} forward {passes} each")
         return self.setup.evaluate(method, path, settings, indices)
 
     def _settings(self, name: str) -> dict:

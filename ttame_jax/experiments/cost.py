@@ -1,4 +1,4 @@
-"""What methods with many forward passes cost. It is said before they start."""
+"""What methods with many forward passes cost. It is reported before they start."""
 
 import time
 
@@ -14,10 +14,24 @@ from ttame_jax.methods.base import FORWARD_BATCH
 MANY = 100
 """Forward passes of an image above which a method counts as slow."""
 
+BATCH_PASSES = 4000
+"""Forward passes of a device after which an evaluation shows its progress and saves its results."""
+
 
 def is_slow(method: Method) -> bool:
     """Whether a method needs more than `MANY` forward passes for an image."""
     return method.forward_passes > MANY
+
+
+def images_per_batch(method: Method, largest: int, devices: int) -> int:
+    """The number of images to explain at a time, over all devices.
+
+    It is no larger than `largest`, and smaller for a method with many forward passes: an interrupted
+    evaluation loses at most `BATCH_PASSES` of them per device, or one image. This costs no speed,
+    because such methods batch the forward passes of an image.
+    """
+    per_device = max(BATCH_PASSES // max(method.forward_passes, 1), 1)
+    return min(largest, per_device * devices)
 
 
 def estimate(method: Method, images: int) -> str:

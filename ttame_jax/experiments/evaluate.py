@@ -17,6 +17,7 @@ from ttame_jax.data import BoxedSource, Source, load_source, read_boxes, select
 from ttame_jax.data.transforms import MAX_PIXELS
 from ttame_jax.errors import Damaged
 from ttame_jax.experiments.arguments import Names
+from ttame_jax.experiments.cost import images_per_batch
 from ttame_jax.experiments.resumable import ResumableRows
 from ttame_jax.files import (
     check_seal,
@@ -111,7 +112,7 @@ class EvaluationOptions(ImageOptions):
     """Images and metrics of an evaluation."""
 
     batch_size: int = 32
-    """Images per batch, over all devices."""
+    """Images per batch, over all devices. Methods with many forward passes use smaller batches."""
     boxes: Path | None = None
     """A CSV file of the objects' boxes: file_name,xmin,ymin,xmax,ymax, in fractions of the image.
     Metrics of localisation leave out images without a box."""
@@ -249,7 +250,7 @@ class EvaluationSetup:
             self.source,
             masking=self.masking,
             metrics=self.options.measures,
-            batch_size=self.options.batch_size,
+            batch_size=images_per_batch(method, self.options.batch_size, jax.device_count()),
             seed=self.options.seed,
         )
 

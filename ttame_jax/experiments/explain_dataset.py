@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ttame_jax.data import Source, evaluation_batches, load_source, select
 from ttame_jax.errors import Damaged
-from ttame_jax.experiments.cost import estimate, is_slow
+from ttame_jax.experiments.cost import estimate, images_per_batch, is_slow
 from ttame_jax.experiments.evaluate import Selection
 from ttame_jax.experiments.explain import ExplainerConfig, parse_classes
 from ttame_jax.explainer import Explainer
@@ -47,7 +47,8 @@ class ExplainDatasetConfig(Selection, ExplainerConfig):
     output: Path
     """Folder for the Parquet files. The same command resumes an interrupted one."""
     batch_size: int = 32
-    """Images per batch, over the devices of a process."""
+    """Images per batch, over the devices of a process. Methods with many forward passes use smaller
+    batches."""
     shard_size: int = 4096
     """Images per file."""
 
@@ -83,7 +84,7 @@ def explain_dataset(config: ExplainDatasetConfig) -> None:
     indices = select(source, config.list, config.limit)
     explainer = config.open()
     classes, likeliest = explainer.resolve(parse_classes(config.classes, explainer))
-    explain = _Program(explainer.method, classes, likeliest, mesh)
+    explain = _Program(explainer.method, classes, likeliest, mesh, config.batch_size)
     with locked(config.output):
         _settle(config, explainer, source, indices)
         if is_slow(explainer.method):
@@ -103,7 +104,7 @@ def _write(
         total=total, initial=total - missing, unit="image", disable=jax.process_index() > 0
     ) as bar:
         for path, part in left:
-            write_atomically(path, _parquet([*_explained(explain, source, part, config, bar)]))
+            write_atomically(path, _parquet([*_explained(explain, source, part, bar)]))
     _say(f"{len(indices)} images, {len(shards)} files: {config.output}")
 
 
@@ -158,7 +159,14 @@ def _shards(output: Path, indices: np.ndarray, size: int) -> list[tuple[Path, np
 class _Program:
     """Explains batches, sharded over the devices of this process."""
 
-    def __init__(self, method: Method, classes: np.ndarray | None, likeliest: int, mesh: Mesh):
+    def __init__(
+        self,
+        method: Method,
+        classes: np.ndarray | None,
+        likeliest: int,
+        mesh: Mesh,
+        largest_batch: int,
+    ):
         graph, state = nnx.split(method)
 
         def explain(state, images):
@@ -173,6 +181,7 @@ class _Program:
         self._state = jax.device_put(state, NamedSharding(mesh, P()))
         self._sharding = NamedSharding(mesh, P(AXIS))
         self.preprocessing = method.backbone.preprocessing
+        self.batch_size = images_per_batch(method, largest_batch, mesh.size)
 
     def __call__(self, images: np.ndarray) -> Explanations:
         return self._step(self._state, jax.device_put(images, self._sharding))
@@ -182,13 +191,12 @@ def _explained(
     explain: _Program,
     source: Source,
     indices: np.ndarray,
-    config: ExplainDatasetConfig,
     bar: tqdm,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The columns of some images, batch by batch. Unreadable images are left out."""
     running = collections.deque()
     for batch in evaluation_batches(
-        source, explain.preprocessing, config.batch_size, indices=indices
+        source, explain.preprocessing, explain.batch_size, indices=indices
     ):
         running.append((batch, explain(batch["image"])))
         if len(running) > AHEAD:
