@@ -8,6 +8,7 @@ and the attention mechanism under `generic.attn_mech.` (`generic.attn_mech.1.` f
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ttame_jax.config import TrainConfig
 from ttame_jax.files import Tensors, new_folder, read_safetensors
 from ttame_jax.losses import RECIPES, LossConfig
 from ttame_jax.preprocessing import Masking
-from ttame_jax.runs import build_attention, save_attention
+from ttame_jax.runs import build_attention, load_config, save_attention
 from ttame_jax.weights import abstract_backbone, save_backbone
 from ttame_jax.weights.backbones import published
 from ttame_jax.weights.transfer import BODY, complete, export, fill, to_flax, to_torch
@@ -161,10 +162,11 @@ def from_reference(path: Path, output: Path, weights: str = "torchvision") -> Tr
                 raise ValueError(f"{path} holds no backbone ({BODY}*): choose other weights")
             fill(backbone, to_flax(backbone, checkpoint.body, str(path)))
             save_backbone(backbone, folder / BACKBONE_FILE)
-            config = dataclasses.replace(config, weights=str(output / BACKBONE_FILE))
+            # A path that exists is saved as seen from the folder, with which the file then moves.
+            config = dataclasses.replace(config, weights=os.path.relpath(folder / BACKBONE_FILE))
         save_attention(folder, attention, checkpoint.step, config)
         config.save(folder)
-    return config
+    return load_config(output)
 
 
 def run_config(checkpoint: Checkpoint, output: Path, weights: str) -> TrainConfig:

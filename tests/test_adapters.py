@@ -189,8 +189,14 @@ test_adapters.check(backbone, logits)
 assert backbone.num_classes == 5 and backbone.feature_shapes()[0] == (8, 8, 16)
 keras = names["keras"]
 model.layers[-1].activation = keras.activations.softmax
-with pytest.raises(ValueError, match="ends with a softmax: build it with classifier_activation"):
+with pytest.raises(ValueError, match="ends with a softmax, in its layer .*: build it without"):
     names["ttame_jax"].from_keras(model, ["out_relu"])
+wrapped = keras.Sequential([keras.Input((64, 64, 3)), keras.layers.Rescaling(1.0), model])
+with pytest.raises(ValueError, match="ends with a softmax"):
+    names["ttame_jax"].from_keras(wrapped, ["out_relu"])
+with pytest.raises(ValueError, match="ends with a softmax, in its layer 'softmax"):
+    softmax = keras.Sequential([keras.Input((4,)), keras.layers.Dense(5), keras.layers.Softmax()])
+    names["ttame_jax"].from_keras(softmax, ["dense"])
 with pytest.raises(ValueError, match="no submodule 'block_5_ad'; similar names are block_5_add"):
     model.layers[-1].activation = keras.activations.linear
     names["ttame_jax"].from_keras(model, ["block_5_ad"])
@@ -311,3 +317,14 @@ def test_errors_of_a_file_are_one_line(name, message, file, monkeypatch, refusal
     Image.new("RGB", (8, 8)).save("image.png")
     _, line = refusal(["explain", "image.png", "--output", "maps", "--backbone", *name.split()])
     assert re.search(message, line), line
+
+
+def test_a_function_of_a_file_can_import_the_files_beside_it(file):
+    (file.parent / "my_net.py").write_text("SEED = 0\n")
+    code = "\ndef late():\n    from my_net import SEED\n    return make(SEED)\n"
+    file.write_text(FILE + code)
+    before = list(sys.path)
+    late = ttame_jax.load_backbone(f"{file}:late")
+    same = ttame_jax.load_backbone(f"{file}:make")
+    np.testing.assert_array_equal(classify(late, IMAGES)[0], classify(same, IMAGES)[0])
+    assert sys.path == before

@@ -141,3 +141,16 @@ def test_what_does_not_apply_is_refused_before_weights_are_loaded(method, messag
     monkeypatch.setattr("ttame_jax.explaining.load_backbone", None)
     with pytest.raises(ValueError, match=message):
         open_explainer(backbone="resnet18", weights="torchvision", method=method)
+
+
+def test_arguments_that_a_loaded_classifier_cannot_use_are_refused(run, squeezenet, photograph):
+    with pytest.raises(ValueError, match="a loaded backbone has its own weights"):
+        ttame_jax.explain(photograph, backbone=squeezenet, weights="torchvision")
+    for classifier in ({"run": run}, {"backbone": squeezenet}):
+        with pytest.raises(ValueError, match="options of a backbone .* need its name"):
+            open_explainer(**classifier, backbone_config={"image_size": 64})
+
+
+def test_an_empty_list_of_class_names_is_refused(run, photograph):
+    with pytest.raises(ValueError, match="0 class names for 5 classes"):
+        ttame_jax.explain(photograph, run=run, class_names=())

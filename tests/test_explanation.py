@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ttame_jax import explanation as explanation_module
 from ttame_jax import pictures
 from ttame_jax.explanation import Explanation, merge_tiles
 
@@ -89,3 +90,26 @@ def test_a_column_of_tiles_becomes_a_tall_map():
     boxes = [(0, 0, 10, 10), (0, 10, 10, 20)]
     merged = merge_tiles(maps, np.full((2, 3), 0.5), boxes, side=4)
     np.testing.assert_array_equal(merged, np.ones((3, 8, 4)))
+
+
+def test_a_figure_of_many_classes_shows_the_most_probable_ones_in_rows(monkeypatch):
+    count = explanation_module.MOST_OVERLAYS + 5
+    probabilities = np.random.default_rng(2).permutation(count).astype(np.float32) / count
+    maps = np.repeat(MAPS[:1], count, axis=0)
+    labels = tuple(f"class {i}" for i in range(count))
+    many = Explanation(IMAGE, maps, np.arange(count), probabilities, labels, (0, 0, 60, 40))
+    drawn = {}
+
+    def panels(shown, titles, colour_map):
+        drawn["titles"], drawn["count"] = titles, len(list(shown))
+
+    monkeypatch.setattr(pictures, "panels", panels)
+    many.figure()
+    likeliest = np.argsort(-probabilities)[: explanation_module.MOST_OVERLAYS]
+    assert drawn["titles"] == ["image, 20 of 25 classes", *(many.titles[i] for i in likeliest)]
+    assert drawn["count"] == len(drawn["titles"])
+
+
+def test_an_unknown_style_is_refused():
+    with pytest.raises(ValueError, match="style must be one of figure, overlay.*, not 'heat'"):
+        explanation().draw("heat")

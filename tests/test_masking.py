@@ -24,6 +24,25 @@ def test_min_max_scale_of_a_constant_map_is_zero(value):
     np.testing.assert_array_equal(min_max_scale(jnp.full((1, 1, 3, 3), value)), 0)
 
 
+def test_min_max_scale_of_a_map_with_nan_is_nan():
+    maps = jnp.ones((2, 3, 3)).at[0, 1, 1].set(jnp.nan).at[1, 0, 0].set(2)
+    scaled = min_max_scale(maps)
+    assert jnp.isnan(scaled[0]).all() and scaled[1].max() == 1
+
+
+def test_gradients_of_scaled_saturated_sigmoids_are_finite():
+    class_maps = jnp.linspace(-60, -50, 16).reshape(1, 4, 4)
+
+    def total(class_maps):
+        return min_max_scale(jax.nn.sigmoid(class_maps)).sum()
+
+    gradient = jax.grad(total)(class_maps)
+    assert jnp.isfinite(gradient).all()
+    step = jnp.zeros_like(class_maps).at[0, 2, 2].set(1e-2)
+    change = (total(class_maps + step) - total(class_maps - step)) / 2e-2
+    np.testing.assert_allclose(gradient[0, 2, 2], change, rtol=1e-2)
+
+
 def test_standardised_maps_have_mean_0_and_variance_1_each():
     maps = np.random.default_rng(0).normal(3, 1e-3, size=(2, 3, 5, 4)).astype(np.float32)
     standardised = standardise_maps(jnp.asarray(maps))

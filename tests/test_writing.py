@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import os
@@ -5,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from etils import epath
 
@@ -15,6 +17,8 @@ from ttame_jax.files import (
     check_seal,
     in_bucket,
     locked,
+    read_arrays,
+    save_arrays,
     seal,
     to_json,
     write_atomically,
@@ -115,3 +119,15 @@ def test_sealed_fields_come_back_and_changed_ones_do_not():
     for changed in (text.replace("24.0", "94.0"), text.replace("nothing", "nought")):
         with pytest.raises(Damaged):
             check_seal(json.loads(changed))
+
+
+def test_damaged_arrays_are_refused_or_whole(tmp_path):
+    path, values = tmp_path / "rows.npz", np.arange(200) % 7
+    save_arrays(path, rows=values)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0xFF
+        path.write_bytes(bytes(damaged))
+        with contextlib.suppress(Damaged):
+            read_arrays(path)

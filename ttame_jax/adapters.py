@@ -193,10 +193,12 @@ def from_keras(
             f"Keras runs on {keras.backend.backend()}: set the environment variable "
             "KERAS_BACKEND=jax before Keras is imported"
         )
-    if getattr(model.layers[-1], "activation", None) is keras.activations.softmax:
+    *_, last = _keras_layers(model)
+    activation = getattr(last, "activation", None)
+    if activation is keras.activations.softmax or isinstance(last, keras.layers.Softmax):
         raise ValueError(
-            f"{name} ends with a softmax: build it with classifier_activation=None, or set "
-            "model.layers[-1].activation = keras.activations.linear"
+            f"{name} ends with a softmax, in its layer {last.name!r}: build it without, such as with "
+            "classifier_activation=None"
         )
     layers = {layer.name: layer for layer in _keras_layers(model)}
     _check_names(name, features, layers)

@@ -18,7 +18,7 @@ from ttame_jax.data.transforms import MAX_PIXELS
 from ttame_jax.files import in_bucket, to_json, write_atomically
 from ttame_jax.losses import LossConfig
 from ttame_jax.preprocessing import Masking
-from ttame_jax.weights.backbones import default_weights, file_of
+from ttame_jax.weights.backbones import default_weights, file_of, is_file, parts_of
 
 CONFIG_FILE = "config.json"
 INPUTS = "inputs"
@@ -157,7 +157,7 @@ class TrainConfig(Logging, Optimization, Model, Validation, Data, Common):
     def save(self, folder: Path | None = None, inputs: Mapping[str, str] | None = None) -> None:
         """Writes ``config.json`` into the run's folder, or into the given one.
 
-        It has the weights of the loss even if they are the recipe's, whose own may change.
+        It has all weights of the loss, since those of a recipe may change in a later version.
 
         Args:
           folder: the folder.
@@ -211,11 +211,11 @@ def _with_paths(config: TrainConfig, change: Callable[[str], str]) -> TrainConfi
     """The configuration with changed paths of its inputs."""
     weights, data_dir, listed = config.weights, config.data_dir, config.validation_list
     folder = config.dataset.removeprefix(FOLDER)
-    path, rest = file_of(config.backbone) or (None, "")
+    prefix, path, rest = parts_of(config.backbone)
     return dataclasses.replace(
         config,
-        backbone=f"{change(path)}{rest}" if path else config.backbone,
-        weights=change(weights) if weights and Path(weights).suffix else weights,
+        backbone=f"{prefix}{change(path)}{rest}" if path else config.backbone,
+        weights=change(weights) if weights and is_file(weights) else weights,
         data_dir=change(data_dir) if data_dir else data_dir,
         validation_list=type(listed)(change(os.fspath(listed))) if listed else listed,
         dataset=FOLDER + change(folder) if folder != config.dataset else config.dataset,

@@ -57,7 +57,7 @@ class Explainer:
         self._graph, self._state = nnx.split(method)
         count = method.backbone.num_classes
         self.class_names = (
-            check_names(class_names, count) if class_names else method.backbone.class_names
+            method.backbone.class_names if class_names is None else check_names(class_names, count)
         )
 
     @property

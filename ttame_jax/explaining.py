@@ -98,11 +98,18 @@ def open_explainer(
     if run is not None and backbone is not None:
         raise ValueError("a run has its own backbone: give either a run or a backbone")
     options: dict[str, Any] = dict(method_config or {})
+    if backbone_config and not isinstance(backbone, str):
+        raise ValueError(
+            "options of a backbone (--backbone-config) need its name (--backbone): a run or a loaded "
+            "backbone has its own"
+        )
     if run is not None:
         moved = None if weights is None else str(weights)
         return load_explainer(run, moved, method, options, class_names)
     if backbone is None:
         raise ValueError("give a run, or a backbone to explain without training")
+    if isinstance(backbone, Backbone) and weights is not None:
+        raise ValueError("a loaded backbone has its own weights: give its name, or no weights")
     if isinstance(backbone, str):
         chosen = preset(backbone).weights if weights is None else weights
         settings: dict[str, Any] = dict(backbone_config or {})

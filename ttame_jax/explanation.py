@@ -4,9 +4,10 @@ import base64
 import dataclasses
 import html
 import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -17,6 +18,9 @@ from ttame_jax.files import save_arrays
 Style = Literal["figure", "overlay", "heatmap", "transparent"]
 """What is drawn: a figure of the picture and an overlay of each map; or, of the first class only,
 at the picture's size, its overlay, its heatmap, or a heatmap whose opacity is the map's value."""
+
+MOST_OVERLAYS = 20
+"""Classes in a figure, at most."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -98,11 +102,20 @@ class Explanation:
     def figure(
         self, opacity: float = pictures.OPACITY, colour_map: str = pictures.COLOUR_MAP
     ) -> Image.Image:
-        """The picture and an overlay for each class, with names, probabilities and a colour bar."""
+        """The picture and an overlay for each class, with names, probabilities and a colour bar.
+
+        Of more than `MOST_OVERLAYS` classes it shows the most probable ones.
+        """
         shown = self.image if self.is_whole else pictures.framed(self.image, self._pixel_box())
-        overlays = [self.overlay(i, opacity, colour_map) for i in range(len(self.maps))]
         first = "image" if self.is_whole else "image (not dark: what is explained)"
-        return pictures.panels([shown, *overlays], [first, *self.titles], colour_map)
+        count = len(self.maps)
+        drawn = np.arange(count)
+        if count > MOST_OVERLAYS:
+            drawn = np.argsort(-self.probabilities, kind="stable")[:MOST_OVERLAYS]
+            first += f", {MOST_OVERLAYS} of {count} classes"
+        overlays = (self.overlay(i, opacity, colour_map) for i in drawn.tolist())
+        titles = [first, *(self.titles[i] for i in drawn)]
+        return pictures.panels(itertools.chain([shown], overlays), titles, colour_map)
 
     def draw(
         self,
@@ -110,7 +123,18 @@ class Explanation:
         opacity: float = pictures.OPACITY,
         colour_map: str = pictures.COLOUR_MAP,
     ) -> Image.Image:
-        """The explanation as a picture, see `Style`."""
+        """The explanation as a picture, see `Style`.
+
+        Args:
+          style: what is drawn.
+          opacity: of a figure and an overlay, see `overlay`.
+          colour_map: see `overlay`.
+
+        Raises:
+          ValueError: an unknown style or colour map, or an opacity outside [0, 1].
+        """
+        if style not in get_args(Style):
+            raise ValueError(f"style must be one of {', '.join(get_args(Style))}, not {style!r}")
         if style == "figure":
             return self.figure(opacity, colour_map)
         if style == "overlay":

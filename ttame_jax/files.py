@@ -10,7 +10,9 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -247,6 +249,60 @@ def save_arrays(path: PathLike, **arrays: np.ndarray) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+FLUSH_SECONDS = 30
+"""Interval of writing what cannot be appended to: files in a bucket, and TensorBoard's events."""
+
+
+class LineFile:
+    """A text file that grows by lines.
+
+    An object in a bucket cannot be appended to. It is written anew at most every `FLUSH_SECONDS`,
+    and when it is closed.
+
+    Args:
+      path: the file.
+      lines: its lines so far, with line breaks. It is written if there are any.
+    """
+
+    def __init__(self, path: PathLike, lines: Iterable[str] = ()):
+        self.path = epath.Path(path)
+        self._lines = list(lines)
+        self._appends = not in_bucket(path)
+        self._written = -math.inf
+        if self._lines:
+            self.flush()
+
+    def append(self, *lines: str) -> None:
+        """Adds lines, with line breaks."""
+        self._lines += lines
+        if self._appends:
+            with self.path.open("a") as file:
+                file.writelines(lines)
+        elif time.monotonic() - self._written > FLUSH_SECONDS:
+            self.flush()
+
+    def close(self) -> None:
+        """Writes what is missing in a bucket."""
+        if not self._appends and self._lines:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the whole file."""
+        write_atomically(self.path, "".join(self._lines))
+        self._written = time.monotonic()
+
+
+# What NumPy, zipfile and zlib raise for damaged bytes.
+_DAMAGED_ARRAYS = (
+    ValueError,
+    EOFError,
+    AttributeError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
 def read_arrays(path: PathLike) -> dict[str, np.ndarray]:
     """The arrays of an .npz file. No code in it is run.
 
@@ -257,7 +313,7 @@ def read_arrays(path: PathLike) -> dict[str, np.ndarray]:
     try:
         with np.load(io.BytesIO(epath.Path(path).read_bytes())) as arrays:
             return dict(arrays)
-    except (ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
+    except _DAMAGED_ARRAYS as error:
         raise Damaged(f"{path} is not a file of arrays: {error}") from error
 
 

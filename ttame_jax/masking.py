@@ -7,17 +7,21 @@ from ttame_jax.preprocessing import Masking, Preprocessing
 
 # A map with less counts as constant.
 _SMALLEST_VARIANCE = 1e-12
+_SMALLEST_SPAN = float(jnp.finfo(jnp.float32).tiny)
 
 
 def min_max_scale(maps: jax.Array) -> jax.Array:
     """Scales each map ``[..., H, W]`` to [0, 1] (paper, section III-D).
 
-    A constant map becomes all zeros.
+    A constant map becomes all zeros. A map with NaN becomes NaN.
     """
     maps = maps.astype(jnp.float32)
     low = maps.min(axis=(-2, -1), keepdims=True)
     span = maps.max(axis=(-2, -1), keepdims=True) - low
-    return jnp.where(span > 0, (maps - low) / jnp.where(span > 0, span, 1), 0)
+    constant = span < _SMALLEST_SPAN
+    # The gradient of a quotient squares its divisor, which must not underflow: it is scaled to 1.
+    unit = jax.lax.stop_gradient(1 / jnp.where(constant, 1, span))
+    return jnp.where(constant, 0, (maps - low) * unit / jnp.where(constant, 1, span * unit))
 
 
 def standardise_maps(maps: jax.Array) -> jax.Array:

@@ -2,7 +2,8 @@
 
 import functools
 import io
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import cmap
@@ -22,6 +23,7 @@ OPACITY = 0.5
 """Default share of the heatmap in an overlay."""
 
 PANEL_HEIGHT = 320
+COLUMNS = 7
 GAP = 12
 TEXT_SIZE = 15
 BAR_WIDTH = 14
@@ -68,7 +70,7 @@ def overlay(
     opacity: float = OPACITY,
     colour_map: str = COLOUR_MAP,
 ) -> np.ndarray:
-    """The heatmap of a map ``[h, w]`` over its image ``[H, W, 3]``, both uint8.
+    """The heatmap of a map ``[h, w]`` over its image: uint8 ``[H, W, 3]``, as the image.
 
     Args:
       image: the image.
@@ -95,10 +97,17 @@ def transparent(
 
 
 def panels(
-    pictures: Sequence[np.ndarray], titles: Sequence[str], colour_map: str = COLOUR_MAP
+    pictures: Iterable[np.ndarray], titles: Sequence[str], colour_map: str = COLOUR_MAP
 ) -> Image.Image:
-    """Pictures of one size, uint8 ``[H, W, 3]``, in a row under their titles, with a colour bar."""
-    height, width = pictures[0].shape[:2]
+    """Pictures of one size, uint8 ``[H, W, 3]``, under their titles, with a colour bar.
+
+    Rows have at most `COLUMNS` pictures, which are drawn one at a time and need not all be in memory.
+    """
+    pictures = iter(pictures)
+    first = next(pictures)
+    height, width = first.shape[:2]
+    rows = -(-len(titles) // COLUMNS)
+    columns = -(-len(titles) // rows)
     font = _font()
     scale = PANEL_HEIGHT / height
     size = (max(round(width * scale), 1), PANEL_HEIGHT)
@@ -107,15 +116,16 @@ def panels(
     line_height = round(1.3 * TEXT_SIZE)
     top = GAP + line_height * max(map(len, title_lines))
     bar_text = round(font.getlength("0.0")) + 6
-    total = GAP + len(pictures) * (wide + GAP) + BAR_WIDTH + bar_text + GAP
-    canvas = Image.new("RGB", (total, top + PANEL_HEIGHT + GAP), "white")
+    total = GAP + columns * (wide + GAP) + BAR_WIDTH + bar_text + GAP
+    canvas = Image.new("RGB", (total, rows * (top + PANEL_HEIGHT) + GAP), "white")
     draw = ImageDraw.Draw(canvas)
-    for i, (picture, lines) in enumerate(zip(pictures, title_lines)):
-        left = GAP + i * (wide + GAP)
+    for i, (picture, lines) in enumerate(zip(itertools.chain([first], pictures), title_lines)):
+        row, column = divmod(i, columns)
+        left, upper = GAP + column * (wide + GAP), top + row * (top + PANEL_HEIGHT)
         panel = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
-        canvas.paste(panel, (left + (wide - size[0]) // 2, top))
+        canvas.paste(panel, (left + (wide - size[0]) // 2, upper))
         for j, line in enumerate(lines):
-            middle = (left + wide / 2, top - 4 - line_height * (len(lines) - 1 - j))
+            middle = (left + wide / 2, upper - 4 - line_height * (len(lines) - 1 - j))
             draw.text(middle, line, fill="black", font=font, anchor="md")
     _draw_bar(canvas, (total - GAP - bar_text - BAR_WIDTH, top), colour_map)
     return canvas

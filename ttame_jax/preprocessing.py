@@ -45,6 +45,7 @@ class Preprocessing:
             size = getattr(self, name)
             if not isinstance(size, int | np.integer) or size < 1:
                 raise ValueError(f"{name} must be a positive integer, not {size!r}")
+            object.__setattr__(self, name, int(size))
         if self.interpolation not in get_args(Interpolation):
             known = " or ".join(get_args(Interpolation))
             raise ValueError(f"interpolation must be {known}, not {self.interpolation!r}")
@@ -52,6 +53,7 @@ class Preprocessing:
             values = getattr(self, name)
             if len(values) != 3 or not np.isfinite(values).all():
                 raise ValueError(f"{name} must be three finite numbers, not {values}")
+            object.__setattr__(self, name, tuple(map(float, values)))  # hashable
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, not {self.std}")
         if self.resize_size < self.image_size:

@@ -101,7 +101,8 @@ def load_explainer(
     """
     run, options = load_run(run_dir, weights), dict[str, Any](method_config or {})
     loaded = load_method(method or run.config.variant, run.backbone, run.attention, **options)
-    return Explainer(loaded, class_names or load_class_names(run_dir))
+    names = load_class_names(run_dir) if class_names is None else class_names
+    return Explainer(loaded, names)
 
 
 def load_class_names(run_dir: str | Path) -> tuple[str, ...] | None:

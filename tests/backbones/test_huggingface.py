@@ -25,6 +25,17 @@ MODELS = {
             "patch_size": 8,
         },
     ),
+    "deit": (
+        "DeiTForImageClassification",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+    ),
     "resnet": (
         "ResNetForImageClassification",
         {"embedding_size": 8, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 2, 1, 1]},
@@ -112,3 +123,13 @@ def test_a_folder_without_its_files_is_named(tmp_path):
         load_backbone(f"hf:{tmp_path}", "hf")
     with pytest.raises(ValueError, match="weights hf are those of an hf:OWNER/NAME"):
         load_backbone("resnet18", "hf")
+
+
+@pytest.mark.parametrize("saved", ["deit"], indirect=True)
+def test_a_deit_with_two_heads_is_refused(saved):
+    _, folder = saved
+    path = folder / "config.json"
+    change = {"architectures": ["DeiTForImageClassificationWithTeacher"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match="a second head for its distillation token"):
+        load_backbone(f"hf:{folder}", "hf")

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -432,3 +433,13 @@ def test_our_own_attention_file_keeps_the_loss_recipe(make_run, tmp_path):
     del metadata["loss_recipe"]  # a file of an earlier version
     write_safetensors(path, state, metadata)
     assert from_reference(path, tmp_path / "old", weights).loss.recipe == "reference"
+
+
+def test_a_run_with_the_weights_of_its_checkpoint_can_be_moved(written, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = from_reference(written(), Path("runs/theirs"), weights="checkpoint")
+    assert Path(config.weights).is_file()
+    (tmp_path / "runs" / "theirs").rename(tmp_path / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert Path(load_config(tmp_path / "moved").weights).samefile("../moved/backbone.safetensors")

@@ -211,7 +211,7 @@ def test_evaluation_marks_an_unreadable_image_and_names_it_once():
     [
         (1200, range(0, 990, 90), "11 of 1000 images", 1000),
         (1200, (*range(0, 1000, 100), 1050, 1051), "12 of 1060 images", 1060),
-        (40, (1,), "1 of 40 images", 40),
+        (40, (1, 2), "2 of 40 images", 40),
     ],
 )
 def test_more_than_one_per_cent_unreadable_is_an_error(size, damaged, message, images_seen):

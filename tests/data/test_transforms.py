@@ -1,3 +1,6 @@
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 from data_helpers import encode, noise
@@ -197,3 +200,10 @@ def test_boxes_outside_the_crop_stay_outside():
     _, start, _, end = crop_boxes(left, (32, 96), SMALL)[0]
     assert start < 0.1 < end
     assert crop_boxes(np.zeros((0, 4), np.float32), (9, 9), SMALL).shape == (0, 4)
+
+
+def test_preprocessing_of_lists_and_of_numpys_numbers_is_hashable_and_writable():
+    given = Preprocessing(np.int64(6), np.int64(8), mean=[0.5] * 3, std=np.full(3, 0.25))
+    plain = Preprocessing(6, 8, mean=(0.5,) * 3, std=(0.25,) * 3)
+    assert given == plain and hash(given) == hash(plain)
+    assert json.loads(json.dumps(dataclasses.asdict(given)))["image_size"] == 6

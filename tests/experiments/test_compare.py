@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ttame_jax import save_backbone
 from ttame_jax.cli import main
+from ttame_jax.data.sources import FolderSource
 from ttame_jax.experiments.evaluate import read_rows
 from ttame_jax.files import locked
 from ttame_jax.losses import LossConfig
@@ -248,3 +250,30 @@ def test_runs_of_the_same_variant_are_told_apart(run, tmp_path, refusal):
     words = ["--run", str(run), str(run), "--output", str(tmp_path / "same")]
     status, said = refusal(["compare", *words])
     assert status == 2 and f"two runs would be named ttame-{run.name}: give each run once" in said
+
+
+def test_runs_of_other_classifiers_are_refused(run, tmp_path, refusal):
+    config = load_config(run)
+    backbone = load_run(run).backbone
+    backbone.head.kernel[...] *= 2
+    save_backbone(backbone, tmp_path / "changed.safetensors")
+    changed = copied(run, tmp_path / "changed", weights=str(tmp_path / "changed.safetensors"))
+    words = ["--run", str(run), str(changed), "--output", str(tmp_path / "out")]
+    status, said = refusal(["compare", *words])
+    assert (
+        status == 2 and f"explain different backbones: {config.backbone} with other weights" in said
+    )
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+def test_pictures_are_of_images_that_can_be_read(run, tmp_path, monkeypatch):
+    read = FolderSource.__getitem__
+
+    def damaged(self, index):
+        return read(self, index) | ({"image": b"none"} if index == 0 else {})
+
+    monkeypatch.setattr(FolderSource, "__getitem__", damaged)
+    words = ["--methods", "ttame", "--measures", "ad", "--pictures", "3", "--limit", "8"]
+    with pytest.warns(UserWarning, match="skipping an unreadable image"):
+        compare(run, tmp_path / "out", *words)
+    assert (tmp_path / "out" / "maps.png").is_file()

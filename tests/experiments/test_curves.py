@@ -76,3 +76,12 @@ def test_no_line_leaves_the_picture():
         low, high = axes.get_ylim()
         assert low == 0
         assert high > 90
+
+
+def test_files_of_one_name_are_named_with_their_folders(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    files = [figures(tmp_path / name / "ttame.json", "ttame", 80) for name in ("one", "two")]
+    main(["curves", *files, files[0], "--output", str(tmp_path)])
+    rows = list(csv.reader((tmp_path / "road.csv").open()))
+    assert [row[0] for row in rows[1::2]] == files

@@ -59,6 +59,18 @@ def test_every_image_has_its_maps_names_and_probabilities(command, weights, pict
     np.testing.assert_allclose(tensor(table, "maps"), expected.maps, atol=1e-4)
     info = json.loads((folder / "_explanations.json").read_text())
     assert info["settings"]["method"] == "gradcam" and info["image_size"] == TINY["image_size"]
+    assert info["settings"]["preprocessing"]["image_size"] == TINY["image_size"]
+
+
+def test_classes_are_compared_by_their_ids(command, tmp_path, capsys):
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb\nc\nd\ne\n")
+    command("--class-names", names, "--classes", "a,b")
+    command("--classes", "0,1")
+    names.write_text("b\na\nc\nd\ne\n")
+    with pytest.raises(SystemExit):
+        command("--class-names", names, "--classes", "a,b")
+    assert "has maps of another setting (classes)" in capsys.readouterr().err
 
 
 def test_slow_methods_have_batches_of_one_image_per_device(command, tmp_path, monkeypatch):

@@ -3,8 +3,11 @@ import shutil
 
 import pytest
 from PIL import Image
+from tiny import TINY
 
+from ttame_jax import Explainer, load_method
 from ttame_jax.cli import main
+from ttame_jax.experiments import figures
 from ttame_jax.runs import load_explainer
 
 
@@ -108,3 +111,27 @@ def test_a_classifier_without_mistakes_is_said_to_have_none(run, image, tmp_path
 def test_what_is_missing_is_named(words, message, refusal):
     status, said = refusal(["figures", *words.split()])
     assert status == 2 and message in said
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "expected"),
+    [
+        ("2", ("1", "2", "3", "4", "5"), 1),
+        ("2", ("a", "b", "c", "d", "e"), None),
+        ("B", ("a", "b", "c", "d", "e"), 1),
+        ("n01440764", ("a", "b", "tench", "d", "e"), 2),
+        ("n01440764", ("a", "n01440764", "c", "d", "e"), 1),
+        ("f", ("a", "b", "c", "d", "e"), None),
+    ],
+)
+def test_the_true_class_is_found_by_its_name(name, names, expected, random_backbone):
+    method = load_method("gradcam", random_backbone("vit", **TINY))
+    assert figures._class_of(name, Explainer(method, names)) == expected
+
+
+def test_unreadable_images_of_a_data_set_are_left_out(run, labelled, tmp_path):
+    first = min((tmp_path / "labelled" / "a").iterdir())
+    first.write_bytes(b"no image")
+    with pytest.warns(UserWarning, match="skipping an unreadable image: a/"):
+        said = draw(tmp_path / "out", "--run", run, run, "--dataset", labelled, "--limit", 2)
+    assert "a" not in said and "e" in said

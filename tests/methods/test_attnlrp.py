@@ -183,3 +183,14 @@ def test_wrong_options_are_refused():
         load_method("attnlrp", backbone, gamma=-1)
     with pytest.raises(ValueError, match="recipes of attnlrp are 'paper' and 'reference'"):
         load_method("attnlrp", backbone, recipe="mine")
+
+
+@pytest.mark.parametrize("name", ["attnlrp", "gradcam"])
+def test_images_of_another_size_are_refused(name):
+    method = load_method(name, build(REFINED))
+    size = method.backbone.preprocessing.image_size
+    images = jnp.zeros((1, size // 2, 2 * size, 3))  # as many values as the classifier takes
+    with pytest.raises(ValueError, match=f"was built for {size}x{size} pixels, got"):
+        compute_maps(method, images, CLASSES)
+    with pytest.raises(ValueError, match=f"was built for {size}x{size} pixels, got"):
+        method.backbone.split()[0](images)

@@ -1,6 +1,7 @@
 """Integrated Gradients: PyTorch's maps, and the axiom of completeness."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from running import run
@@ -8,6 +9,7 @@ from tiny import TINY
 
 from ttame_jax.masking import min_max_scale
 from ttame_jax.methods import IntegratedGradients, compute_maps, load_method
+from ttame_jax.methods.integrated_gradients import compressed
 from ttame_jax.weights import load_backbone
 
 CLASSES = np.array([[1, 2], [3, 4]])
@@ -63,10 +65,25 @@ def test_maps_equal_those_of_pytorch(backbone, images):
             total += gradient / steps
         expected.append((total * (end - start)).sum(1).clamp(min=0).detach().numpy())
     expected = np.stack(expected, 1)
-    expected = np.minimum(expected, np.quantile(expected, 0.99, (2, 3), keepdims=True))
-    expected = min_max_scale(expected)
+    expected = min_max_scale(compressed(jnp.asarray(expected)))
     found = compute_maps(load_method("integrated_gradients", backbone, steps=5), images, CLASSES)
     np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+def test_the_largest_values_are_compressed_and_keep_their_order():
+    values = np.random.default_rng(0).exponential(size=(1, 2, 20, 20)).astype(np.float32) ** 3
+    limit = np.quantile(values, 0.99, (2, 3), keepdims=True)
+    found = np.asarray(compressed(jnp.asarray(values)))
+    np.testing.assert_array_equal(
+        found.reshape(2, -1).argsort(axis=-1), values.reshape(2, -1).argsort(axis=-1)
+    )
+    np.testing.assert_array_equal(found[values <= limit], values[values <= limit])
+    np.testing.assert_allclose(found.max((2, 3)), 1.01 * limit[..., 0, 0], rtol=1e-5)
+
+
+def test_a_map_of_few_values_is_not_compressed():
+    few = jnp.zeros((1, 1, 20, 20)).at[0, 0, 3, 4].set(2.0)
+    np.testing.assert_array_equal(compressed(few), few)
 
 
 def test_wrong_options_are_refused(backbone):

@@ -99,3 +99,21 @@ def test_a_run_is_the_same_by_relative_and_absolute_paths(tmp_path, monkeypatch)
     settle(dataclasses.replace(config, output=tmp_path / "run"))
     with pytest.raises(ValueError, match="--dataset was folder:"):
         settle(dataclasses.replace(config, dataset="folder:pictures"))
+
+
+def test_a_model_of_a_local_folder_moves_with_its_run(tmp_path, monkeypatch):
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(backbone="hf:models/mine", weights="hf", output=Path("runs/mine"))
+    config.save()
+    assert (
+        json.loads(Path("runs/mine/config.json").read_text())["backbone"] == "hf:../../models/mine"
+    )
+    monkeypatch.chdir(tmp_path / "models")
+    found = load_config(tmp_path / "runs" / "mine").backbone
+    assert Path(found.removeprefix("hf:")).samefile(tmp_path / "models" / "mine")
+
+
+def test_a_model_of_the_hub_stays_as_it_is(tmp_path):
+    TrainConfig(backbone="hf:google/vit-base", weights="hf", output=tmp_path).save()
+    assert load_config(tmp_path).backbone == "hf:google/vit-base"

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ttame_jax.training import log
+from ttame_jax import files
 from ttame_jax.training.log import JsonLines, Log, Validation, read_lines
 
 pytestmark = pytest.mark.quick
@@ -41,7 +41,7 @@ def test_a_log_is_read_without_its_damaged_lines(tmp_path):
 
 def test_lines_in_a_bucket_are_written_whole_now_and_then_and_at_the_end(tmp_path, monkeypatch):
     """A folder stands in for the bucket."""
-    monkeypatch.setattr(log, "in_bucket", lambda path: True)
+    monkeypatch.setattr(files, "in_bucket", lambda path: True)
     path = tmp_path / "lines.jsonl"
     path.write_text('{"step": 1}\n')
     lines = JsonLines(path, 1)
@@ -53,7 +53,7 @@ def test_lines_in_a_bucket_are_written_whole_now_and_then_and_at_the_end(tmp_pat
     lines.append({"step": 4})
     assert steps(path) == [1, 2, 3, 4]
     lines.append({"step": 5})
-    lines.flush()
+    lines.close()
     assert steps(path) == [1, 2, 3, 4, 5]
 
 

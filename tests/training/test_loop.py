@@ -343,3 +343,19 @@ def test_ctrl_c_saves_and_exits_with_130(config, capfd):
 def test_half_precision_runs(config):
     train(dataclasses.replace(config, precision="bfloat16", epochs=1))
     assert all(np.isfinite(p).all() for p in parameters(config.output))
+
+
+def test_class_names_that_the_user_edits_are_kept(config, pictures, tmp_path):
+    for i, path in enumerate(sorted((pictures / "train").iterdir())):
+        folder = tmp_path / "named" / "train" / "abcde"[i % 5]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder)
+    config = dataclasses.replace(
+        config, dataset=f"folder:{tmp_path / 'named'}", validation_images=0
+    )
+    train(config)
+    names = config.output / "class_names.txt"
+    assert names.read_text().split() == list("abcde")
+    names.write_text("e\nd\nc\nb\na\n")
+    train(config)
+    assert names.read_text().split() == list("edcba")

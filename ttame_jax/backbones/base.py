@@ -178,7 +178,7 @@ class Backbone(nnx.Module):
           ``after``: a state -> logits [B, num_classes] in float32, or [B, K] for classes [K].
 
         Raises:
-          ValueError: there is no such layer.
+          ValueError: there is no such layer. ``before``: see `check_size`.
         """
         layer = layer or self.target_layer
         names, steps = zip(*self.named_layers())
@@ -187,6 +187,7 @@ class Backbone(nnx.Module):
         cut = names.index(layer) + 1
 
         def before(images):
+            self.check_size(*images.shape[1:3])
             return _run(steps[:cut], (images.astype(self.dtype),))
 
         def after(state, classes=None):

@@ -395,6 +395,7 @@ def _read(module) -> dict[str, Any]:
 
 HUGGINGFACE_NAMES = {
     r"^\w+\.embeddings\.cls_token$": "cls_token",
+    r"^deit\.embeddings\.distillation_token$": "reg_token",
     r"^\w+\.embeddings\.position_embeddings$": "pos_embed",
     r"^\w+\.embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
     r"^\w+\.encoder\.layer\.(\d+)\.layernorm_before\.": r"blocks.\1.norm1.",
@@ -431,14 +432,16 @@ def _huggingface_read(config: Mapping[str, Any]) -> dict[str, Any]:
         "epsilon": config["layer_norm_eps"],
         "qkv_bias": config.get("qkv_bias", True),
         "activation": config["hidden_act"],
+        # A DeiT always has a distillation token. With one head it acts as a register.
+        "registers": int(config["model_type"] == "deit"),
     }
 
 
 def _huggingface_refusals(config: Mapping[str, Any]) -> Iterator[str]:
     if config["hidden_act"] not in ACTIVATIONS:
         yield f"has the activation {config['hidden_act']}"
-    if "WithTeacher" in config.get("architectures", [""])[0]:
-        yield "has a distillation token"
+    if any("WithTeacher" in name for name in config.get("architectures") or ()):
+        yield "has a second head for its distillation token"
 
 
 FAMILY = Family(

@@ -38,7 +38,8 @@ class Unreadable:
     """The unreadable images among those seen.
 
     Each causes one warning with its name. More than 1 % of the images seen are an error, checked
-    after 1000 images or at the end of a smaller data set.
+    after 1000 images or at the end of a smaller data set. A single one is an error only if no image
+    is left.
 
     Args:
       source: the images.
@@ -61,8 +62,9 @@ class Unreadable:
             warnings.warn(f"skipping an unreadable image: {self._source.name(image)}", stacklevel=4)
         self._seen = min(self._seen + int(np.count_nonzero(index >= 0)), self._images)
         judged = self._seen >= min(self._images, ENOUGH_SEEN)
-        if judged and len(self._unreadable) > MAX_UNREADABLE * self._seen:
+        count = len(self._unreadable)
+        if judged and (count > max(MAX_UNREADABLE * self._seen, 1) or count == self._seen > 0):
             raise Damaged(
-                f"{len(self._unreadable)} of {self._seen} images of {self._source} are unreadable "
+                f"{count} of {self._seen} images of {self._source} are unreadable "
                 "(the warnings name them): repair or remove them"
             )

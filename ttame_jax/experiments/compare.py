@@ -40,6 +40,7 @@ from ttame_jax.metrics import list_metrics, load_metrics
 from ttame_jax.plots import explanation_grid, save_figure
 from ttame_jax.preprocessing import to_float
 from ttame_jax.runs import load_class_names, load_run
+from ttame_jax.weights.transfer import digest
 
 ALL = ("all",)
 
@@ -129,12 +130,12 @@ class Comparison:
     def __init__(self, config: CompareConfig):
         self.config = config
         runs = [load_run(run, config.weights) for run in config.run]
-        backbones = {run.backbone.name for run in runs}
-        if len(backbones) > 1:
-            raise ValueError(
-                f"the runs explain different backbones: {', '.join(sorted(backbones))}"
-            )
         self.backbone: Backbone = runs[0].backbone
+        for folder, run in zip(config.run[1:], runs[1:]):
+            if different := _different(self.backbone, run.backbone):
+                raise ValueError(
+                    f"{config.run[0]} and {folder} explain different backbones: {different}"
+                )
         self.attentions = _by_name(config.run, [run.attention for run in runs])
         self.configs = dict(zip(self.attentions, (run.config for run in runs)))
         self.setup = EvaluationSetup(config, runs[0])
@@ -240,7 +241,7 @@ class Comparison:
         if "road" in self.config.measures:
             save_curves({one["method"]: one for one in means}, output)
         if self.config.pictures:
-            self._draw(drawn)
+            self._draw(drawn, next(iter(columns.values())).images)
 
     def _seed(self, name: str) -> int:
         """The seed of a method's run; 0 for a method that is not trained."""
@@ -290,13 +291,14 @@ class Comparison:
         write_atomically(self.config.output / "differences.csv", tables.csv_table([head, *lines]))
         print(text)
 
-    def _draw(self, names: Mapping[str, str]) -> None:
+    def _draw(self, names: Mapping[str, str], measured: np.ndarray) -> None:
         """Images in columns, methods in rows. Each map explains the predicted class of its image.
 
         Args:
           names: the method of each row.
+          measured: the indices of the images that were measured, which are readable.
         """
-        chosen = thin(self.setup.indices, self.config.pictures)
+        chosen = thin(measured, self.config.pictures)
         (batch,) = evaluation_batches(
             self.setup.source, self.backbone.preprocessing, len(chosen), indices=chosen
         )
@@ -313,6 +315,16 @@ class Comparison:
         path = self.config.output / "maps.png"
         save_figure(explanation_grid(pictures, rows, titles), path)
         print(path)
+
+
+def _different(one: Backbone, other: Backbone) -> str | None:
+    """In what two backbones differ; None if they are the same classifier with the same features."""
+    if one.name != other.name:
+        return f"{one.name} and {other.name}"
+    sizes = [dataclasses.replace(b.architecture, class_names=None) for b in (one, other)]
+    if sizes[0] != sizes[1] or one.feature_layers != other.feature_layers:
+        return f"{one.name} with other options"
+    return None if digest(one) == digest(other) else f"{one.name} with other weights"
 
 
 def _remove_results(output: Path) -> None:

@@ -22,7 +22,8 @@ def curves(figures: Sequence[Path], output: Path) -> None:
 
     Args:
       figures: JSON files of `ttame evaluate --measures road`. Lines are named after their methods,
-        or after the files if two have the same method.
+        or after the files if two have the same method, with their folders if two files have the
+        same name.
       output: folder for `road.png`, `road.svg` and `road.csv`.
 
     Raises:
@@ -52,10 +53,11 @@ def _read(paths: Sequence[Path]) -> dict[str, dict]:
     """Returns `{name: figures}`, where the name also replaces the method in the figures."""
     if not paths:
         raise ValueError("no figures given: ttame curves FIGURES.json... --output DIR")
+    paths = list(dict.fromkeys(paths))
     contents = [_figures(path) for path in paths]
     methods = [content["method"] for content in contents]
-    unique = len(set(methods)) == len(methods)
-    names = methods if unique else [path.stem for path in paths]
+    choices = methods, [path.stem for path in paths], [str(path) for path in paths]
+    names = next(names for names in choices if len(set(names)) == len(paths))
     return {name: content | {"method": name} for name, content in zip(names, contents)}
 
 

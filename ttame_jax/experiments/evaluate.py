@@ -49,7 +49,7 @@ class Selection:
     dataset: str | None = None
     """A TFDS data set, folder:DIR or digits. The default is the run's data set."""
     data_dir: str | None = None
-    """The folder of TFDS data sets. The default is the run's folder."""
+    """The folder of TFDS data sets. The default is the one that the run was trained with."""
     split: str = "validation"
     """The split to evaluate on, in TFDS's syntax."""
     limit: int | None = None
@@ -237,7 +237,7 @@ class EvaluationSetup:
                 "seconds_per_image": seconds / len(rows["index"]),
                 "settings": settings,
             }
-            figures = json.loads(to_json(figures))
+            figures = _with_nan(json.loads(to_json(figures)))
             save_arrays(rows_file(output), **rows)
             write_atomically(output, to_json(seal(figures), indent=2) + "\n")
             resumable.remove()
@@ -274,9 +274,22 @@ def read_figures(path: Path) -> dict[str, Any]:
       Damaged: the file holds something else, or not what was written.
     """
     try:
-        return check_seal(json.loads(path.read_text()))
+        return _with_nan(check_seal(json.loads(path.read_text())))
     except (ValueError, AttributeError) as error:
         raise Damaged(f"{path} is not a file of figures: {error}") from error
+
+
+def _with_nan(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures from JSON, which has null in place of NaN. In the settings null is None."""
+
+    def restored(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: restored(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [restored(item) for item in value]
+        return np.nan if value is None else value
+
+    return {key: x if key == "settings" else restored(x) for key, x in figures.items()}
 
 
 def rows_file(path: Path) -> Path:

@@ -26,6 +26,7 @@ from ttame_jax.files import check_output_folder, digest, locked, to_json, write_
 from ttame_jax.mesh import AXIS
 from ttame_jax.methods import Explanations, Method
 from ttame_jax.preprocessing import to_float
+from ttame_jax.runs import load_config
 from ttame_jax.weights import transfer
 
 INFO = "_explanations.json"
@@ -80,13 +81,14 @@ def explain_dataset(config: ExplainDatasetConfig) -> None:
         raise ValueError(
             f"--batch-size {config.batch_size} does not divide over {mesh.size} devices"
         )
-    source = load_source(config.dataset, config.split, config.data_dir, config.max_pixels)
+    data_dir = config.data_dir or (load_config(config.run).data_dir if config.run else None)
+    source = load_source(config.dataset, config.split, data_dir, config.max_pixels)
     indices = select(source, config.list, config.limit)
     explainer = config.open()
     classes, likeliest = explainer.resolve(parse_classes(config.classes, explainer))
     explain = _Program(explainer.method, classes, likeliest, mesh, config.batch_size)
     with locked(config.output):
-        _settle(config, explainer, source, indices)
+        _settle(config, explainer, explain, source, indices)
         if is_slow(explainer.method):
             _say(estimate(explainer.method, len(indices)))
         _write(config, source, indices, explain)
@@ -114,14 +116,20 @@ def _say(line: str) -> None:
 
 
 def _settle(
-    config: ExplainDatasetConfig, explainer: Explainer, source: Source, indices: np.ndarray
+    config: ExplainDatasetConfig,
+    explainer: Explainer,
+    explain: "_Program",
+    source: Source,
+    indices: np.ndarray,
 ) -> None:
     """Writes what the maps are, or checks that those in the folder are the same."""
     settings = {
         "backbone": explainer.backbone.name,
         "method": explainer.method.name,
         "options": config.method_config,
-        "classes": config.classes,
+        "classes": config.classes if explain.classes is None else explain.classes.tolist(),
+        "preprocessing": json.loads(to_json(dataclasses.asdict(explain.preprocessing))),
+        "precision": str(explainer.backbone.dtype),
         "arrays": transfer.digest(explainer.method),
         "images": f"{source.fingerprint}, selection {digest([indices])}",
         "shard_size": config.shard_size,
@@ -167,6 +175,7 @@ class _Program:
         mesh: Mesh,
         largest_batch: int,
     ):
+        self.classes = classes
         graph, state = nnx.split(method)
 
         def explain(state, images):

@@ -1,6 +1,8 @@
 """`ttame figures`: maps of several classifiers and classes, for print (Fig. 14, 17 and 18)."""
 
+import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,13 +13,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from ttame_jax.data import Source, load_source, select, thin
-from ttame_jax.data.transforms import decode, open_picture
+from ttame_jax.data.transforms import UnreadableImage, decode, open_picture
 from ttame_jax.experiments.cost import estimate, is_slow
 from ttame_jax.experiments.evaluate import Selection
 from ttame_jax.experiments.explain import Drawing, MethodConfig, find_images, parse_classes
 from ttame_jax.explainer import Classes, Explainer
 from ttame_jax.explanation import Explanation
 from ttame_jax.files import check_output_folder
+from ttame_jax.labels import readable
 from ttame_jax.plots import Panel, picture_grid, save_figure
 from ttame_jax.runs import load_config
 
@@ -126,11 +129,17 @@ class Photograph(NamedTuple):
         """The classifier's class of the label, by its name if both have names."""
         names = self.source.class_names if self.source else None
         if names and explainer.class_names and self.label >= 0:
-            try:
-                return explainer.class_ids([names[self.label]])[0]
-            except ValueError:
-                return None
+            return _class_of(names[self.label], explainer)
         return self.label if 0 <= self.label < explainer.backbone.num_classes else None
+
+
+def _class_of(name: str, explainer: Explainer) -> int | None:
+    """The class that a data set names. Unlike a user's, a name of digits is not an id."""
+    if not name.isdecimal():
+        with contextlib.suppress(ValueError):
+            return explainer.class_ids([name])[0]
+    (name,), known = readable([name]), explainer.class_names or ()
+    return known.index(name) if name in known else None
 
 
 class Explained(NamedTuple):
@@ -146,7 +155,7 @@ def _photographs(config: FiguresConfig) -> Iterator[Photograph]:
     if config.images:
         files = find_images(config.images, config.output)
         if len(files) > (limit := config.limit or len(files)):
-            print(f"{limit} of {len(files)} images; --limit takes more")
+            print(f"{limit} of {len(files)} images: raise --limit to draw more")
         chosen = [files[i] for i in thin(np.arange(len(files)), limit)]
         return (Photograph(open_picture(path, config.max_pixels)) for path in chosen)
     run = load_config(config.run[0]) if config.run else None
@@ -159,11 +168,17 @@ def _photographs(config: FiguresConfig) -> Iterator[Photograph]:
     indices = select(source, config.list, None if mistakes else config.limit)
     if mistakes:
         indices = np.random.default_rng(0).permutation(indices)
-    records = (source[index] for index in indices.tolist())
-    return (
-        Photograph(decode(one["image"], max_pixels=config.max_pixels), one["label"], source)
-        for one in records
-    )
+    return _read(source, indices, config.max_pixels)
+
+
+def _read(source: Source, indices: np.ndarray, max_pixels: int) -> Iterator[Photograph]:
+    """The images of a data set. Unreadable ones are left out with a warning."""
+    for index in indices.tolist():
+        one = source[index]
+        try:
+            yield Photograph(decode(one["image"], max_pixels=max_pixels), one["label"], source)
+        except UnreadableImage:
+            warnings.warn(f"skipping an unreadable image: {source.name(index)}", stacklevel=2)
 
 
 def _explainers(config: FiguresConfig) -> list[Explainer]:

@@ -1,5 +1,6 @@
 """Evaluations that resume after an interruption."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from ttame_jax.files import SEAL, check_seal, seal, to_json, write_atomically
+from ttame_jax.files import SEAL, LineFile, check_seal, seal, to_json
 from ttame_jax.metrics.base import Rows
 
 
@@ -51,7 +52,7 @@ class ResumableRows:
             total=len(indices), initial=len(indices) - len(left), unit="image", disable=not first
         )
         start = time.perf_counter()
-        with bar:
+        with bar, contextlib.closing(LineFile(self.path, self._lines(records))) as file:
             for rows in batches(left) if len(left) else ():
                 seconds, start = time.perf_counter() - start, time.perf_counter()
                 count = len(rows["index"])
@@ -60,9 +61,9 @@ class ResumableRows:
                     | {"seconds": seconds / count}
                     for i in range(count)
                 ]
-                records += new
                 if first:
-                    self._append(new)
+                    file.append(*self._lines(new, header=not records))
+                records += new
                 bar.update(count)
         records.sort(key=lambda record: record["index"])
         rows = {name: _column([record[name] for record in records]) for name in records[0]}
@@ -72,23 +73,21 @@ class ResumableRows:
         """Deletes the file, once the output is written."""
         self.path.unlink()
 
-    def _append(self, records: Sequence[dict]) -> None:
-        lines = [] if self.path.exists() else [self.header + "\n"]
-        with self.path.open("a") as file:
-            file.writelines([*lines, *(to_json(seal(record)) + "\n" for record in records)])
+    def _lines(self, records: Sequence[dict], header: bool = True) -> list[str]:
+        """The lines of some rows, after the settings if they are the first ones."""
+        lines = [self.header] if header and records else []
+        lines += [to_json(seal(record)) for record in records]
+        return [line + "\n" for line in lines]
 
     def _read(self) -> list[dict]:
-        """The rows of a file with these settings, one per image. A file with others is deleted.
+        """The rows of a file with these settings, one per image. A file without any is deleted.
 
         Damaged lines are left out, so that their images are evaluated again.
         """
         lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
         same = bool(lines) and lines[0].decode(errors="replace") == self.header
         rows = {row["index"]: row for line in lines[1:] if same and (row := _row(line))}
-        if rows:
-            kept = [self.header, *(to_json(seal(row)) for row in rows.values())]
-            write_atomically(self.path, "".join(line + "\n" for line in kept))
-        else:
+        if not rows:
             self.path.unlink(missing_ok=True)
         return list(rows.values())
 

@@ -21,6 +21,7 @@ from ttame_jax.runs import CHECKPOINT_FOLDER, build_attention, load_config
 from ttame_jax.training.log import say
 from ttame_jax.training.loop import UNRELATED, Diverged, count_steps, settle
 from ttame_jax.weights import abstract_backbone, module_files
+from ttame_jax.weights.backbones import is_file
 
 
 class Setting(NamedTuple):
@@ -233,8 +234,9 @@ def _count_images(*arguments) -> int:
 def _check(run: TrainConfig) -> None:
     """Refuses a run whose settings do not fit together, without loading its weights."""
     settle(run)
-    if run.weights and Path(run.weights).suffix and not epath.Path(run.weights).is_file():
-        raise FileNotFoundError(f"no weights file {run.weights}")
+    weights = run.weights
+    if weights and is_file(weights) and not epath.Path(weights).is_file():
+        raise FileNotFoundError(f"no weights file {weights}")
     if module_files.parse(run.backbone):  # its code runs when it is trained
         return
     options: dict[str, Any] = run.backbone_config

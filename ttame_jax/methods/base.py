@@ -125,9 +125,11 @@ def compute_maps(
     """A method's maps, compiled: ``[B, H, W, 3]`` in [0, 1], ``[B, K]`` -> ``[B, K, h, w]``.
 
     Raises:
-      ValueError: see `checked_images` and `checked_classes`.
+      ValueError: see `checked_images`, `Backbone.check_size` and `checked_classes`.
     """
-    return compiled_maps(method, checked_images(images), checked_classes(classes, method.backbone))
+    images = checked_images(images)
+    method.backbone.check_size(*images.shape[1:3])
+    return compiled_maps(method, images, checked_classes(classes, method.backbone))
 
 
 @nnx.jit

@@ -19,8 +19,9 @@ class IntegratedGradients(Method, name="integrated_gradients", title="Integrated
     """The gradient of a class's logit, integrated from a baseline to the image (Eq. 1).
 
     Maps have the size of the image: the positive part of the attributions' sum over colours. A few
-    pixels are far above all others, so values above the 99th percentile count as that, as in
-    SmoothGrad (Smilkov et al., 2017).
+    pixels are far above all others, so the part of a value above the 99th percentile counts for a
+    hundredth of the percentile at most. SmoothGrad (Smilkov et al., 2017) cuts it off, which
+    loses the order of these pixels.
 
     Args:
       backbone: the classifier to explain.
@@ -46,7 +47,7 @@ class IntegratedGradients(Method, name="integrated_gradients", title="Integrated
 
     def __call__(self, images: jax.Array, classes: jax.Array) -> jax.Array:
         maps = jax.nn.relu(self.attributions(images, classes).sum(-1))
-        return min_max_scale(jnp.minimum(maps, jnp.quantile(maps, 0.99, (2, 3), keepdims=True)))
+        return min_max_scale(compressed(maps))
 
     def attributions(self, images: jax.Array, classes: jax.Array) -> jax.Array:
         """The attribution of each colour of each pixel.
@@ -72,3 +73,16 @@ class IntegratedGradients(Method, name="integrated_gradients", title="Integrated
 
         points = (jnp.arange(self.steps) + 0.5) / self.steps
         return integrate(gradients, points) * (end - start)[:, None]
+
+
+def compressed(maps: jax.Array) -> jax.Array:
+    """Maps ``[B, K, H, W]`` of at least 0, whose values above the 99th percentile are compressed.
+
+    They keep their order, and lie at most a hundredth of the percentile above it. A map whose
+    percentile is 0 is returned as it is.
+    """
+    limit = jnp.quantile(maps, 0.99, (2, 3), keepdims=True)
+    excess = jax.nn.relu(maps - limit)
+    largest = excess.max((2, 3), keepdims=True)
+    excess = 0.01 * limit * excess / jnp.where(largest > 0, largest, 1)
+    return jnp.where(limit > 0, jnp.minimum(maps, limit) + excess, maps)

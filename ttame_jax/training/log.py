@@ -1,7 +1,6 @@
 """The logs of a run: a progress bar, metrics.jsonl, validation.jsonl and TensorBoard events."""
 
 import json
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -13,13 +12,10 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from ttame_jax.files import in_bucket, to_json, write_atomically
+from ttame_jax.files import FLUSH_SECONDS, LineFile, to_json
 
 if TYPE_CHECKING:
     from ttame_jax.training.feed import Feed  # needs Grain, which reading a log does not
-
-# Interval for events, and for logs in a bucket, whose objects cannot be appended to.
-_FLUSH_SECONDS = 30
 
 
 def say(line: str) -> None:
@@ -63,7 +59,7 @@ class Log:
                 JsonLines(folder / name, first) for name in ("metrics.jsonl", "validation.jsonl")
             )
             self.writer = SummaryWriter(
-                str(folder / "tensorboard"), purge_step=first, flush_secs=_FLUSH_SECONDS
+                str(folder / "tensorboard"), purge_step=first, flush_secs=FLUSH_SECONDS
             )
         self._start_interval(first)
 
@@ -117,34 +113,22 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, step: int):
-        self.path = epath.Path(path)
-        text = self.path.read_bytes().decode(errors="replace") if self.path.exists() else ""
+        there = epath.Path(path)
+        text = there.read_bytes().decode(errors="replace") if there.exists() else ""
         lines = text.split("\n")[:-1]  # an incomplete last line is dropped
         steps = list(map(_step, lines))
         if damaged := [str(i) for i, of in enumerate(steps, start=1) if of is None]:
-            say(f"{self.path}: damaged lines are dropped ({', '.join(damaged[:5])})")
+            say(f"{path}: damaged lines are dropped ({', '.join(damaged[:5])})")
         kept = [line for line, of in zip(lines, steps) if of is not None and of <= step and step]
-        self._lines = [line + "\n" for line in kept]
-        self._appends = not in_bucket(path)
-        self._written = -math.inf
-        if text:
-            self.flush()
+        self._file = LineFile(path, [line + "\n" for line in kept])
+        if text and not kept:
+            self._file.flush()
 
     def append(self, record: Mapping) -> None:
-        self._lines.append(to_json(record) + "\n")
-        if self._appends:
-            with self.path.open("a") as file:
-                file.write(self._lines[-1])
-        elif time.monotonic() - self._written > _FLUSH_SECONDS:
-            self.flush()
+        self._file.append(to_json(record) + "\n")
 
     def close(self) -> None:
-        if not self._appends:
-            self.flush()
-
-    def flush(self) -> None:
-        write_atomically(self.path, "".join(self._lines))
-        self._written = time.monotonic()
+        self._file.close()
 
 
 def read_lines(path: Path) -> list[dict]:

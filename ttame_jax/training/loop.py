@@ -139,7 +139,8 @@ class Trainer:
             first, metrics = int(state.step), None
             if jax.process_index() == 0:
                 config.save(inputs=self.inputs)
-                self._save_class_names()
+                if position is None:  # later the user may have edited them
+                    self._save_class_names()
             self._announce(first)
             with (
                 Feed(batches, self.mesh) as feed,

@@ -168,6 +168,23 @@ def file_of(name: str) -> tuple[str, str] | None:
     return (str(function[0]), f":{function[1]}") if function else None
 
 
+def parts_of(name: str) -> tuple[str, str, str]:
+    """The prefix, the path and the rest of the name of a backbone.
+
+    The path is empty for a backbone that is no file of its own. That of "hf:OWNER/NAME" need not
+    exist.
+    """
+    if name.startswith(HUGGINGFACE):
+        return HUGGINGFACE, name.removeprefix(HUGGINGFACE), ""
+    path, rest = file_of(name) or ("", "")
+    return "", path, rest
+
+
+def is_file(weights: str) -> bool:
+    """Whether weights are a file, and not published ones such as "torchvision" or "timm:MODEL"."""
+    return weights.partition(":")[0] not in ("torchvision", "timm", "hf")
+
+
 def default_weights(name: str) -> str | None:
     """Where the published weights of a backbone come from: "torchvision", "timm" or "hf".
 

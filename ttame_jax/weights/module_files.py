@@ -49,6 +49,11 @@ def call(path: Path, function: str, options: Mapping[str, Any]) -> Any:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: FILE.py:FUNCTION names a Python file")
+    with _imports_beside(path):
+        return _call(path, function, options)
+
+
+def _call(path: Path, function: str, options: Mapping[str, Any]) -> Any:
     module = _run(path)
     make = getattr(module, function, None)
     if not callable(make):
@@ -68,18 +73,24 @@ def call(path: Path, function: str, options: Mapping[str, Any]) -> Any:
 
 
 def _run(path: Path) -> ModuleType:
-    """The module of a file, which can import the files beside it."""
+    """The module of a file."""
     spec = importlib.util.spec_from_file_location(f"_ttame_jax_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # of a path that ends with .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # where dataclasses look their types up
+    with _one_line_errors(path):
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _imports_beside(path: Path) -> Iterator[None]:
+    """Lets the file and its function import the files beside it."""
     before, sys.path = sys.path, [str(path.resolve().parent), *sys.path]
     try:
-        with _one_line_errors(path):
-            spec.loader.exec_module(module)
+        yield
     finally:
         sys.path = before
-    return module
 
 
 @contextmanager
