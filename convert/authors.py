@@ -224,6 +224,8 @@ def _layers(checkpoint: Checkpoint, model: str, config: dict) -> tuple[str | Non
     """The backbone's option `features` and the number of feature maps, from `layers`."""
     layers = checkpoint.hyper_parameters.get("layers")
     known = []
+    if family_of(abstract_backbone(model, **config)).authors is None:
+        raise ValueError(f"{checkpoint.path} is of {model}, which is not supported")
     for features in type(abstract_backbone(model, **config)).feature_kinds or (None,):
         nodes = authors_nodes(abstract_backbone(model, **config, features=features))
         if isinstance(layers, list) and layers and layers == nodes[-len(layers) :]:

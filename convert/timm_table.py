@@ -31,7 +31,7 @@ from .verify import differences, random_images
 HEADER = """# timm's models
 
 `load_backbone("timm:MODEL", "timm")` takes timm's model with its own preprocessing and weights;
-`python train.py --backbone timm:MODEL` trains on it. This page is written by
+`ttame train --backbone timm:MODEL` trains on it. This page is written by
 `python -m ttame_jax.convert.timm_table` (timm {version}), which tries every model in timm's source
 files {files}.
 

@@ -57,7 +57,7 @@ def verify(
     if Path(target).is_dir():
         run = load_run(Path(target), weights)
         backbone, attention = run.backbone, run.attention
-    elif "/" in target:
+    elif "/" in target and ":" not in target:
         raise FileNotFoundError(f"there is no run {target}")
     else:
         backbone, attention = load_backbone(target, weights), None

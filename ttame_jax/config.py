@@ -88,7 +88,8 @@ class Model:
     """Architecture of the attention mechanism (Table VI), or lcam."""
     start: Literal["random", "head"] = "random"
     """Initial weights of the fusion: random as in the paper, or those of the classifier's head, so
-    that the first maps are the classifier's class activation maps (ResNet and SqueezeNet)."""
+    that the first maps are the classifier's class activation maps. This needs a head that is linear
+    in the mean of the last feature map, such as ResNet's."""
     scale_features: bool = False
     """Whether each feature map is divided by its root mean square, which is measured on the first
     training images. For classifiers whose activations are much larger or smaller than 1."""

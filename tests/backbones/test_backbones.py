@@ -119,7 +119,11 @@ def test_unusable_images_are_refused_in_one_line(name, config, shape, message):
         ("resnet18", {"features": "norm"}, "resnet18 has no option features; it has class_names, "),
         ("vgg11", {"features": "block"}, "features of vgg11 are 'pool' or 'conv', not 'block'"),
         ("vit", {"features": "pool"}, "features of vit are 'block' or 'norm', not 'pool'"),
-        ("vit_b16", {"depth": 3}, "vit_b16 has a fixed depth; use the free 'vit'"),
+        (
+            "vit_b16",
+            {"depth": 3},
+            "vit_b16 has a fixed depth; the backbone 'vit' lets you choose it",
+        ),
         ("vit", {"image_size": 225}, "image_size that patch_size divides"),
         ("vit", {"num_heads": 5}, "width that num_heads divides, got 224 / 16 and 384 / 5"),
     ],

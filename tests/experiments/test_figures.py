@@ -98,7 +98,7 @@ def test_a_classifier_without_mistakes_is_said_to_have_none(run, image, tmp_path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("cat.jpg", "give a run or more"),
+        ("cat.jpg", "give one or more runs"),
         ("--backbone vgg16", "no image given"),
         ("cat.jpg --backbone vgg16 vgg19 --weights a.pth", "for each of 2 backbones, or for none"),
         ("cat.jpg --backbone vgg16 --dataset digits", "give either images or --dataset"),

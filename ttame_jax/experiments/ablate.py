@@ -283,7 +283,7 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def differences(results: Sequence[Result]) -> str:
-    """A line for each setting with its differences from the first, in percent points.
+    """A line for each setting with its differences from the first, in percentage points.
 
     The cells are those of `tables.differences`, with intervals of a paired bootstrap over the images
     and seeds. Settings that are evaluated with several maskings are compared with the first of the

@@ -61,7 +61,8 @@ class MethodConfig:
     default is whole for classifiers that take inputs of any size, and crop for others, which are
     shown square tiles for whole."""
     class_names: Path | None = None
-    """File with one class name per line. The default is the run's, or ImageNet's for 1000 classes."""
+    """File with one class name per line. The default is the run's or the classifier's own names, or
+    ImageNet's for 1000 classes."""
     method_config: dict[str, int | float | str] = dataclasses.field(default_factory=dict)
     """Options of the method as name and value, such as masks 1000 or layer blocks.10."""
     max_pixels: int = MAX_PIXELS

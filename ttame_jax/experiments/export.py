@@ -37,7 +37,7 @@ def export_run(config: ExportConfig) -> None:
 
     Raises:
       FileNotFoundError: the run does not exist, or has no checkpoint yet.
-      ValueError: there are not so many classes, or the method is unknown.
+      ValueError: there are fewer classes than that, or the method is unknown.
       OSError: the file cannot be written.
       ImportError: a package that the format needs is not installed.
       Failure: the method or the precision cannot be exported in this format.

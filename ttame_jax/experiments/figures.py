@@ -45,7 +45,9 @@ class Classifiers:
 
     def __post_init__(self):
         if not (self.run or self.backbone):
-            raise ValueError("give a run or more (--run), or backbones to explain without training")
+            raise ValueError(
+                "give one or more runs (--run), or backbones to explain without training"
+            )
         if len(self.weights) not in (0, len(self.backbone)):
             raise ValueError(
                 f"--weights must be given for each of {len(self.backbone)} backbones, or for none, "

@@ -161,7 +161,7 @@ def permuted(tensor: jax.Array, path: str, seeds: Sequence[int]) -> jax.Array:
     This destroys what the tensor has learned, and keeps the distribution of its values. Activations
     therefore stay in their range, and maps do not change merely because they saturate. It needs no
     knowledge of how a tensor was initialised, which an imported classifier does not have. Adebayo et
-    al. draw new values from the initialiser, whose scale is another one than after training.
+    al. draw new values from the initialiser, whose scale differs from that after training.
     """
     rng = np.random.default_rng([*seeds, zlib.crc32(path.encode())])
     values = np.asarray(tensor)

@@ -166,7 +166,7 @@ def all_rows(figures: Sequence[Figures]) -> list[Row]:
 
 
 def differences(head: Sequence[str], labels: Iterable[Sequence[str]], rows: Sequence[Row]) -> str:
-    """Formats a Markdown table with a line for each difference, in percent points.
+    """Formats a Markdown table with a line for each difference, in percentage points.
 
     Brackets are 95 % intervals. Differences whose interval does not contain 0 are bold.
 

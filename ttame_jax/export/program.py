@@ -37,7 +37,7 @@ def program(
       first, and their ``likeliest_maps``.
 
     Raises:
-      ValueError: there are not so many classes.
+      ValueError: there are fewer classes than that.
       Failure: the method's program depends on the number of images; raised by the function.
     """
     method, backbone = explainer.method, explainer.backbone

@@ -14,8 +14,8 @@ class CAM(Method):
 
     Args:
       backbone: the classifier to explain.
-      layer: name of the layer to read; None is the backbone's ``target_layer``: the last
-        convolution's output (after ReLU) of a CNN, the first LayerNorm of a ViT's last block.
+      layer: name of the layer to read; None is the backbone's ``target_layer``, such as the last
+        convolution with its ReLU, or the first LayerNorm of a ViT's last block.
 
     Raises:
       ValueError: the backbone has no such layer.

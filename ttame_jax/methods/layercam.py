@@ -12,7 +12,7 @@ from ttame_jax.methods.cam import CAM
 class LayerCAM(CAM, name="layercam", title="Layer-CAM"):
     """Weighs each position of each channel by the positive part of its own gradient (Eq. 4, 5).
 
-    Its maps of earlier layers (``layer``) are fine, too, because weights are not averaged over
+    Its maps of earlier layers (``layer``) are also useful, because weights are not averaged over
     positions.
     """
 

@@ -19,8 +19,8 @@ def classify_with_relevance(
 
     The relevance has both signs. For a `ViT` it is LibraGrad's, because plain gradients of its tokens
     say little. For other classifiers each feature map is multiplied by its gradient and summed over
-    its channels. These maps are standardised per image, and averaged. Their gradients start from the
-    activations of the pass that gives the logits.
+    its channels. These maps are standardised per image, and averaged. XLA merges their forward
+    passes with the one that gives the logits.
 
     Args:
       backbone: the classifier.

@@ -242,7 +242,9 @@ def _check_options(name: str, family: Family, fields: Mapping[str, Any]) -> None
         options.add("architecture")
     for other, settable in family.free.items():
         if fixed := [field for field in settable if field in fields and field not in free]:
-            raise ValueError(f"{name} has a fixed {', '.join(fixed)}; use the free {other!r}")
+            raise ValueError(
+                f"{name} has a fixed {', '.join(fixed)}; the backbone {other!r} lets you choose it"
+            )
     if unknown := fields.keys() - options:
         raise ValueError(
             f"{name} has no option {', '.join(sorted(unknown))}; it has {', '.join(sorted(options))}"
