@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,12 @@ def _read(paths: Sequence[Path]) -> dict[str, dict]:
     """Returns `{name: figures}`, where the name also replaces the method in the figures."""
     if not paths:
         raise ValueError("no figures given: ttame curves FIGURES.json... --output DIR")
-    paths = list(dict.fromkeys(paths))
+    paths = list(dict.fromkeys(path.absolute() for path in paths))
     contents = [_figures(path) for path in paths]
     methods = [content["method"] for content in contents]
-    choices = methods, [path.stem for path in paths], [str(path) for path in paths]
+    common = os.path.commonpath([path.parent for path in paths])
+    in_folders = [str(path.relative_to(common).with_suffix("")) for path in paths]
+    choices = methods, [path.stem for path in paths], in_folders, list(map(str, paths))
     names = next(names for names in choices if len(set(names)) == len(paths))
     return {name: content | {"method": name} for name, content in zip(names, contents)}
 
