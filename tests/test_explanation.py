@@ -93,7 +93,7 @@ def test_a_column_of_tiles_becomes_a_tall_map():
 
 
 def test_a_figure_of_many_classes_shows_the_most_probable_ones_in_rows(monkeypatch):
-    count = explanation_module.MOST_OVERLAYS + 5
+    count = explanation_module.MOST_SHOWN + 5
     probabilities = np.random.default_rng(2).permutation(count).astype(np.float32) / count
     maps = np.repeat(MAPS[:1], count, axis=0)
     labels = tuple(f"class {i}" for i in range(count))
@@ -105,9 +105,11 @@ def test_a_figure_of_many_classes_shows_the_most_probable_ones_in_rows(monkeypat
 
     monkeypatch.setattr(pictures, "panels", panels)
     many.figure()
-    likeliest = np.argsort(-probabilities)[: explanation_module.MOST_OVERLAYS]
+    likeliest = np.argsort(-probabilities)[: explanation_module.MOST_SHOWN]
     assert drawn["titles"] == ["image, 20 of 25 classes", *(many.titles[i] for i in likeliest)]
     assert drawn["count"] == len(drawn["titles"])
+    assert many.summary == ", ".join([*(many.titles[i] for i in likeliest), "5 more"])
+    assert repr(many).startswith(f"Explanation({many.summary}; maps")
 
 
 def test_an_unknown_style_is_refused():

@@ -19,8 +19,8 @@ Style = Literal["figure", "overlay", "heatmap", "transparent"]
 """What is drawn: a figure of the picture and an overlay of each map; or, of the first class only,
 at the picture's size, its overlay, its heatmap, or a heatmap whose opacity is the map's value."""
 
-MOST_OVERLAYS = 20
-"""Classes in a figure, at most."""
+MOST_SHOWN = 20
+"""Classes in a figure or a line, at most."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -48,6 +48,19 @@ class Explanation:
     def titles(self) -> list[str]:
         """A line per class: its name and probability."""
         return [f"{label}: {p:.1%}" for label, p in zip(self.labels, self.probabilities)]
+
+    @property
+    def summary(self) -> str:
+        """The titles in a line. Of more than `MOST_SHOWN` classes it has the most probable ones."""
+        titles, chosen = self.titles, self._shown()
+        left = len(titles) - len(chosen)
+        return ", ".join([*(titles[i] for i in chosen), *([f"{left} more"] if left else [])])
+
+    def _shown(self) -> list[int]:
+        """The places of the classes that are shown."""
+        if len(self.maps) <= MOST_SHOWN:
+            return list(range(len(self.maps)))
+        return np.argsort(-self.probabilities, kind="stable")[:MOST_SHOWN].tolist()
 
     @property
     def is_whole(self) -> bool:
@@ -104,17 +117,15 @@ class Explanation:
     ) -> Image.Image:
         """The picture and an overlay for each class, with names, probabilities and a colour bar.
 
-        Of more than `MOST_OVERLAYS` classes it shows the most probable ones.
+        Of more than `MOST_SHOWN` classes it shows the most probable ones.
         """
         shown = self.image if self.is_whole else pictures.framed(self.image, self._pixel_box())
         first = "image" if self.is_whole else "image (not dark: what is explained)"
-        count = len(self.maps)
-        drawn = np.arange(count)
-        if count > MOST_OVERLAYS:
-            drawn = np.argsort(-self.probabilities, kind="stable")[:MOST_OVERLAYS]
-            first += f", {MOST_OVERLAYS} of {count} classes"
-        overlays = (self.overlay(i, opacity, colour_map) for i in drawn.tolist())
-        titles = [first, *(self.titles[i] for i in drawn)]
+        chosen, all_titles = self._shown(), self.titles
+        if len(chosen) < len(self.maps):
+            first += f", {len(chosen)} of {len(self.maps)} classes"
+        overlays = (self.overlay(i, opacity, colour_map) for i in chosen)
+        titles = [first, *(all_titles[i] for i in chosen)]
         return pictures.panels(itertools.chain([shown], overlays), titles, colour_map)
 
     def draw(
@@ -165,9 +176,7 @@ class Explanation:
 
     def __repr__(self) -> str:
         (height, width), (rows, columns) = self.image.shape[:2], self.maps.shape[1:]
-        return (
-            f"Explanation({', '.join(self.titles)}; maps {rows}x{columns}, image {height}x{width})"
-        )
+        return f"Explanation({self.summary}; maps {rows}x{columns}, image {height}x{width})"
 
     def _repr_html_(self) -> str:
         file = io.BytesIO()

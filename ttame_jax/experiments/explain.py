@@ -235,7 +235,7 @@ def _explain_all(
                 skipped.append((path, error))
             else:
                 written.append(threads.submit(_write, explanation, stem, config))
-                bar.write(f"{stem}.png: {', '.join(explanation.titles)}", file=sys.stdout)
+                bar.write(f"{stem}.png: {explanation.summary}", file=sys.stdout)
                 _say_what_is_hidden(path, explanation, bar)
             if len(written) > AHEAD:
                 written.popleft().result()
