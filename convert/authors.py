@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from ttame_jax.attention import VARIANTS, AttentionMechanism
-from ttame_jax.backbones import Backbone, family_of
+from ttame_jax.backbones import FAMILIES, Backbone, family_of
 from ttame_jax.backbones.tensors import LINEAR_AS_CONV, Table, batch_norm, weights
 from ttame_jax.checks import accepts
 from ttame_jax.config import TrainConfig
@@ -175,7 +175,12 @@ def run_config(checkpoint: Checkpoint, output: Path, weights: str) -> TrainConfi
     Raises:
       ValueError: a hyper-parameter has no counterpart here; the message names it.
     """
-    names = {theirs: ours for ours, theirs in published("torchvision").items()}
+    names = {
+        theirs: ours
+        for family in FAMILIES
+        if family.authors
+        for ours, theirs in family.libraries["torchvision"].models.items()
+    }
     model = _known(checkpoint, "model_name", names)
     backbone_config: dict[str, int | str] = {}
     classes = len(next(v for k, v in checkpoint.attention.items() if k in _LAST))
@@ -224,8 +229,6 @@ def _layers(checkpoint: Checkpoint, model: str, config: dict) -> tuple[str | Non
     """The backbone's option `features` and the number of feature maps, from `layers`."""
     layers = checkpoint.hyper_parameters.get("layers")
     known = []
-    if family_of(abstract_backbone(model, **config)).authors is None:
-        raise ValueError(f"{checkpoint.path} is of {model}, which is not supported")
     for features in type(abstract_backbone(model, **config)).feature_kinds or (None,):
         nodes = authors_nodes(abstract_backbone(model, **config, features=features))
         if isinstance(layers, list) and layers and layers == nodes[-len(layers) :]:

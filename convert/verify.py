@@ -14,6 +14,7 @@ from ttame_jax.errors import Failure
 from ttame_jax.methods import TTAME
 from ttame_jax.runs import load_run
 from ttame_jax.weights import load_backbone
+from ttame_jax.weights.backbones import parts_of
 
 from .export import explainer_config, torch_explainer
 from .modules import libraries
@@ -57,7 +58,7 @@ def verify(
     if Path(target).is_dir():
         run = load_run(Path(target), weights)
         backbone, attention = run.backbone, run.attention
-    elif "/" in target and ":" not in target:
+    elif "/" in target and not parts_of(target)[1]:
         raise FileNotFoundError(f"there is no run {target}")
     else:
         backbone, attention = load_backbone(target, weights), None

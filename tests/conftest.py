@@ -125,3 +125,23 @@ def run(pictures, tmp_path_factory) -> Path:
     sizes = [str(word) for pair in TINY.items() for word in pair]
     main(["train", *words, "--validation-images", "0", "--backbone-config", *sizes])
     return output
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory, worker_id) -> Path:
+    """Data folder with the data set digits, generated once for all workers, without TensorFlow."""
+    from filelock import FileLock
+    from running import HIDE_TENSORFLOW, run_python
+
+    folder = tmp_path_factory.getbasetemp()
+    data_dir = (folder if worker_id == "master" else folder.parent) / "digits"
+    with FileLock(f"{data_dir}.lock"):
+        if not data_dir.exists():
+            data_dir.mkdir()
+            run_python(
+                HIDE_TENSORFLOW
+                + "import sys; from ttame_jax.data import load_source; "
+                + "load_source('digits', 'train', sys.argv[1])",
+                data_dir,
+            )
+    return data_dir

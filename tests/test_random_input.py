@@ -159,7 +159,8 @@ def test_damaged_rows_are_left_out(tmp_path_factory, damage):
     output = tmp_path_factory.getbasetemp() / "rows.json"
     resumable = ResumableRows(output, {"seed": 0})
     rows = [{"index": i, "confidence": i / 7, "masked": [0.5, None]} for i in range(4)]
-    resumable.path.write_bytes(damage("".join(resumable._lines(rows)).encode()))
+    resumable._file(rows).flush()
+    resumable.path.write_bytes(damage(resumable.path.read_bytes()))
     found = resumable._read()
     assert all(row in rows for row in found)
     assert resumable._read() == found

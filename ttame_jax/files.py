@@ -260,8 +260,8 @@ class LineFile:
     and when it is closed.
 
     Args:
-      path: the file.
-      lines: its lines so far, with line breaks. It is written if there are any.
+      path: the file. The first new line replaces what is in it.
+      lines: its lines so far, with line breaks.
     """
 
     def __init__(self, path: PathLike, lines: Iterable[str] = ()):
@@ -269,13 +269,11 @@ class LineFile:
         self._lines = list(lines)
         self._appends = not in_bucket(path)
         self._written = -math.inf
-        if self._lines:
-            self.flush()
 
     def append(self, *lines: str) -> None:
         """Adds lines, with line breaks."""
         self._lines += lines
-        if self._appends:
+        if self._appends and self._written > -math.inf:
             with self.path.open("a") as file:
                 file.writelines(lines)
         elif time.monotonic() - self._written > FLUSH_SECONDS:
@@ -283,7 +281,7 @@ class LineFile:
 
     def close(self) -> None:
         """Writes what is missing in a bucket."""
-        if not self._appends and self._lines:
+        if not self._appends and self._written > -math.inf:
             self.flush()
 
     def flush(self) -> None:

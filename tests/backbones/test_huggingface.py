@@ -13,29 +13,17 @@ torch = pytest.importorskip("torch")
 import_torchvision()  # which transformers imports
 transformers = pytest.importorskip("transformers")
 
+VIT_SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "image_size": 32,
+    "patch_size": 8,
+}
 MODELS = {
-    "vit": (
-        "ViTForImageClassification",
-        {
-            "hidden_size": 32,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "intermediate_size": 48,
-            "image_size": 32,
-            "patch_size": 8,
-        },
-    ),
-    "deit": (
-        "DeiTForImageClassification",
-        {
-            "hidden_size": 32,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "intermediate_size": 48,
-            "image_size": 32,
-            "patch_size": 8,
-        },
-    ),
+    "vit": ("ViTForImageClassification", VIT_SIZES),
+    "deit": ("DeiTForImageClassification", VIT_SIZES),
     "resnet": (
         "ResNetForImageClassification",
         {"embedding_size": 8, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 2, 1, 1]},

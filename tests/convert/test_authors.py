@@ -274,7 +274,10 @@ def refused(path, output, **options):
             {"model_name": "alexnet"},
             "model_name 'alexnet', which is not supported; there are vgg11",
         ),
-        ({"model_name": "convnext_tiny"}, "is of convnext_tiny, which is not supported"),
+        (
+            {"model_name": "convnext_tiny"},
+            "model_name 'convnext_tiny', which is not supported; there are vgg11",
+        ),
         ({"train_method": "layernorm"}, "train_method 'layernorm', which is not supported"),
         ({"layers": ["features.3"]}, "layers ['features.3']; of squeezenet1_0 the last of these"),
         ({"layers": "features.12"}, "reads layers features.12; of"),

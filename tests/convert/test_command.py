@@ -123,6 +123,10 @@ def test_evaluation_masks_as_the_run_says(make_run, pictures, tmp_path):
     [
         (["verify", "vgg17"], "ttame: unknown backbone 'vgg17'; there are vgg1"),
         (["verify", "runs/no"], "ttame: there is no run runs/no (TTAME_TRACEBACK=1 shows where)"),
+        (
+            ["verify", "models/no.safetensors"],
+            "ttame: no imported classifier models/no.safetensors",
+        ),
         (["to-torch", "no", "--output", "out"], "ttame: no is not a run: config.json is missing"),
         (["from-reference", "no.ckpt", "--output", "out"], "ttame: no checkpoint no.ckpt"),
         (

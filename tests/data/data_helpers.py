@@ -1,29 +1,11 @@
-"""Small pictures, whole and damaged, and fresh interpreters."""
+"""Small pictures, whole and damaged."""
 
 import io
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ttame_jax.data import Source
-
-# Hides TensorFlow from `import` and from `find_spec`, as if it were not installed.
-HIDE_TENSORFLOW = """
-from importlib.machinery import PathFinder
-find_spec = PathFinder.find_spec
-PathFinder.find_spec = lambda name, *args: (
-    None if name.partition(".")[0] == "tensorflow" else find_spec(name, *args)
-)
-"""
-
-
-def run_python(script: str, *args, check: bool = True) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", script, *map(str, args)]
-    root = Path(__file__).parents[2]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=check)
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:

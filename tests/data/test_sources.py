@@ -5,7 +5,8 @@ import shutil
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from data_helpers import HIDE_TENSORFLOW, encode, noise, run_python
+from data_helpers import encode, noise
+from running import HIDE_TENSORFLOW, run_python
 
 from ttame_jax.data import evaluation_batches, load_source
 from ttame_jax.data.tfds_source import prepare

@@ -5,7 +5,8 @@ import time
 from pathlib import Path
 
 import pytest
-from data_helpers import Pictures, run_python
+from data_helpers import Pictures
+from running import run_python
 
 from ttame_jax.data import workers
 from ttame_jax.data.loader import train_batches

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -8,8 +10,10 @@ from tiny import TINY
 from ttame_jax import Explainer, load_backbone, load_method, save_backbone
 from ttame_jax.cli import main
 from ttame_jax.data import evaluation_batches, load_source
+from ttame_jax.data.sources import FolderSource
 from ttame_jax.files import locked
 from ttame_jax.preprocessing import to_float
+from ttame_jax.runs import load_config
 
 COUNT = 19
 
@@ -123,21 +127,39 @@ def test_what_cannot_be_done_is_refused_in_a_line(command, words, message, capsy
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_an_unreadable_image_is_left_out(command, monkeypatch, pictures):
-    from ttame_jax.data import elements
-    from ttame_jax.data.sources import FolderSource
-
+def damage(monkeypatch, *places):
     read = FolderSource.__getitem__
 
     def damaged(self, index):
-        return read(self, index) | ({"image": b"none"} if index == 0 else {})
+        return read(self, index) | ({"image": b"none"} if index in places else {})
 
     monkeypatch.setattr(FolderSource, "__getitem__", damaged)
-    monkeypatch.setattr(elements, "MAX_UNREADABLE", 0.2)
+
+
+@pytest.mark.parametrize("shard_size", [1, 9])
+def test_an_unreadable_image_is_left_out(shard_size, command, monkeypatch):
+    damage(monkeypatch, 0)
     with pytest.warns(UserWarning, match="skipping an unreadable image"):
-        folder = command()
+        folder = command("--shard-size", shard_size)
     table = pq.read_table(folder)
     assert len(table) == COUNT - 1 and 0 not in table["index"].to_pylist()
+
+
+def test_unreadable_images_are_counted_over_all_files(command, monkeypatch, capsys):
+    damage(monkeypatch, 0, 10)
+    with pytest.warns(UserWarning), pytest.raises(SystemExit):
+        command("--shard-size", 1)
+    assert f"2 of {COUNT} images of" in capsys.readouterr().err
+
+
+def test_data_sets_are_read_from_the_folder_of_the_run(run, digits_dir, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    dataclasses.replace(load_config(run), output=tmp_path / "run", data_dir=str(digits_dir)).save()
+    monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path / "default"))
+    words = ["--dataset", "digits", "--split", "test", "--limit", "2", "--batch-size", "8"]
+    main(["explain", "--run", str(tmp_path / "run"), *words, "--output", str(tmp_path / "maps")])
+    assert len(pq.read_table(tmp_path / "maps")) == 2
+    assert not (tmp_path / "default").exists()
 
 
 def test_a_folder_is_written_by_one_command_at_a_time(command, tmp_path, capsys):

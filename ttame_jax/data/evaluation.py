@@ -26,6 +26,7 @@ def evaluation_batches(
     *,
     indices: Sequence[int] | np.ndarray | None = None,
     boxes: bool = False,
+    unreadable: Unreadable | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> "EvaluationBatches":
@@ -40,6 +41,7 @@ def evaluation_batches(
       batch_size: images per batch of this process.
       indices: the images to read; all by default.
       boxes: whether to add `boxes`; the source must have boxes.
+      unreadable: counts the unreadable images; by default those of these images alone.
       process_index: `jax.process_index()`. Of all batches, the process takes every
         `process_count`-th, starting with this one. All processes take equally many.
       process_count: `jax.process_count()`.
@@ -52,14 +54,14 @@ def evaluation_batches(
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
     padded = np.pad(chosen, (0, -len(chosen) % (batch_size * process_count)), constant_values=-1)
     shard = padded.reshape(-1, process_count, batch_size)[:, process_index]
-    return EvaluationBatches(source, preprocessing, shard, boxes)
+    return EvaluationBatches(source, preprocessing, shard, boxes, unreadable)
 
 
 def readable_crops(
     source: Source, preprocessing: Preprocessing, indices: Sequence[int] | np.ndarray
 ) -> np.ndarray:
     """Returns the centre crops of a few images, uint8 ``[n, S, S, 3]``, without unreadable ones."""
-    batches = EvaluationBatches(source, preprocessing, np.asarray(indices)[None], boxes=False)
+    batches = EvaluationBatches(source, preprocessing, np.asarray(indices)[None])
     loaded = [batches.load(index) for index in indices]
     size = preprocessing.image_size
     crops = [one["image"] for one in loaded if one["valid"]]
@@ -76,19 +78,26 @@ class EvaluationBatches:
       preprocessing: the backbone's.
       indices: the images of each batch, int64 [N, b], -1 for padding.
       boxes: see `evaluation_batches`.
+      unreadable: see `evaluation_batches`.
     """
 
     def __init__(
-        self, source: Source, preprocessing: Preprocessing, indices: np.ndarray, boxes: bool
+        self,
+        source: Source,
+        preprocessing: Preprocessing,
+        indices: np.ndarray,
+        boxes: bool = False,
+        unreadable: Unreadable | None = None,
     ):
         self._source, self._preprocessing = source, preprocessing
-        self._indices, self._boxes = indices, boxes
+        self._indices, self._boxes, self._unreadable = indices, boxes, unreadable
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        unreadable = Unreadable(self._source, images=int((self._indices >= 0).sum()))
+        images = int((self._indices >= 0).sum())
+        unreadable = self._unreadable or Unreadable(self._source, images)
         with concurrent.futures.ThreadPoolExecutor(max(os.cpu_count() or 1, 2)) as threads:
             waiting = collections.deque()
             try:

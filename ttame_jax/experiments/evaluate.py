@@ -13,6 +13,7 @@ import tyro
 from ttame_jax import files
 from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import Backbone
+from ttame_jax.config import TrainConfig
 from ttame_jax.data import BoxedSource, Source, load_source, read_boxes, select
 from ttame_jax.data.transforms import MAX_PIXELS
 from ttame_jax.errors import Damaged
@@ -63,6 +64,17 @@ class Selection:
         if self.dataset == "":
             raise ValueError("--dataset is empty: give a TFDS name, folder:DIR or digits")
 
+    def source(self, run: TrainConfig | None, max_pixels: int) -> Source:
+        """The data set.
+
+        Args:
+          run: supplies the defaults.
+          max_pixels: images with more pixels count as unreadable.
+        """
+        dataset = self.dataset or (run.dataset if run else "")
+        data_dir = self.data_dir or (run.data_dir if run else None)
+        return load_source(dataset, self.split, data_dir, max_pixels)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageOptions(Selection):
@@ -89,12 +101,7 @@ class ImageOptions(Selection):
         Args:
           run: supplies the defaults.
         """
-        source = load_source(
-            self.dataset or run.config.dataset,
-            self.split,
-            self.data_dir or run.config.data_dir,
-            self.max_pixels,
-        )
+        source = self.source(run.config, self.max_pixels)
         return source, select(source, self.list, self.limit)
 
 

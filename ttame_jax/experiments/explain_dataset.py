@@ -16,7 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from ttame_jax.data import Source, evaluation_batches, load_source, select
+from ttame_jax.data import Source, evaluation_batches, select
+from ttame_jax.data.elements import Unreadable
 from ttame_jax.errors import Damaged
 from ttame_jax.experiments.cost import estimate, images_per_batch, is_slow
 from ttame_jax.experiments.evaluate import Selection
@@ -81,14 +82,13 @@ def explain_dataset(config: ExplainDatasetConfig) -> None:
         raise ValueError(
             f"--batch-size {config.batch_size} does not divide over {mesh.size} devices"
         )
-    data_dir = config.data_dir or (load_config(config.run).data_dir if config.run else None)
-    source = load_source(config.dataset, config.split, data_dir, config.max_pixels)
+    source = config.source(load_config(config.run) if config.run else None, config.max_pixels)
     indices = select(source, config.list, config.limit)
     explainer = config.open()
     classes, likeliest = explainer.resolve(parse_classes(config.classes, explainer))
     explain = _Program(explainer.method, classes, likeliest, mesh, config.batch_size)
     with locked(config.output):
-        _settle(config, explainer, explain, source, indices)
+        _settle(config, explainer, classes, source, indices)
         if is_slow(explainer.method):
             _say(estimate(explainer.method, len(indices)))
         _write(config, source, indices, explain)
@@ -105,8 +105,10 @@ def _write(
     with tqdm(
         total=total, initial=total - missing, unit="image", disable=jax.process_index() > 0
     ) as bar:
+        unreadable = Unreadable(source, missing)
         for path, part in left:
-            write_atomically(path, _parquet([*_explained(explain, source, part, bar)]))
+            columns = _explained(explain, source, part, unreadable, bar)
+            write_atomically(path, _parquet([*columns]))
     _say(f"{len(indices)} images, {len(shards)} files: {config.output}")
 
 
@@ -118,7 +120,7 @@ def _say(line: str) -> None:
 def _settle(
     config: ExplainDatasetConfig,
     explainer: Explainer,
-    explain: "_Program",
+    classes: np.ndarray | None,
     source: Source,
     indices: np.ndarray,
 ) -> None:
@@ -127,8 +129,8 @@ def _settle(
         "backbone": explainer.backbone.name,
         "method": explainer.method.name,
         "options": config.method_config,
-        "classes": config.classes if explain.classes is None else explain.classes.tolist(),
-        "preprocessing": json.loads(to_json(dataclasses.asdict(explain.preprocessing))),
+        "classes": config.classes if classes is None else classes.tolist(),
+        "preprocessing": json.loads(to_json(dataclasses.asdict(explainer.backbone.preprocessing))),
         "precision": str(explainer.backbone.dtype),
         "arrays": transfer.digest(explainer.method),
         "images": f"{source.fingerprint}, selection {digest([indices])}",
@@ -175,7 +177,6 @@ class _Program:
         mesh: Mesh,
         largest_batch: int,
     ):
-        self.classes = classes
         graph, state = nnx.split(method)
 
         def explain(state, images):
@@ -200,13 +201,15 @@ def _explained(
     explain: _Program,
     source: Source,
     indices: np.ndarray,
+    unreadable: Unreadable,
     bar: tqdm,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The columns of some images, batch by batch. Unreadable images are left out."""
     running = collections.deque()
-    for batch in evaluation_batches(
-        source, explain.preprocessing, explain.batch_size, indices=indices
-    ):
+    batches = evaluation_batches(
+        source, explain.preprocessing, explain.batch_size, indices=indices, unreadable=unreadable
+    )
+    for batch in batches:
         running.append((batch, explain(batch["image"])))
         if len(running) > AHEAD:
             yield _columns(source, *running.popleft(), bar)
@@ -237,10 +240,16 @@ def _parquet(batches: Sequence[dict[str, np.ndarray]]) -> bytes:
     columns = {}
     for name in batches[0]:
         values = np.concatenate([batch[name] for batch in batches])
-        tensors = values.ndim > 1
-        columns[name] = (pa.FixedShapeTensorArray.from_numpy_ndarray if tensors else pa.array)(
-            values
-        )
+        kind = pa.string() if values.dtype == object else None  # which an empty array does not tell
+        columns[name] = _tensors(values) if values.ndim > 1 else pa.array(values, kind)
     sink = pa.BufferOutputStream()
     pyarrow.parquet.write_table(pa.table(columns), sink, compression="zstd")
     return sink.getvalue().to_pybytes()
+
+
+def _tensors(values: np.ndarray) -> pa.ExtensionArray:
+    """Arrow's array of tensors. Its `from_numpy_ndarray` does not take an empty array."""
+    kind = pa.fixed_shape_tensor(pa.from_numpy_dtype(values.dtype), values.shape[1:])
+    size = kind.storage_type.list_size
+    storage = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), size)
+    return pa.ExtensionArray.from_storage(kind, storage)

@@ -12,8 +12,8 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from ttame_jax.data import Source, load_source, select, thin
-from ttame_jax.data.transforms import UnreadableImage, decode, open_picture
+from ttame_jax.data import Source, select, thin
+from ttame_jax.data.transforms import decode, open_picture
 from ttame_jax.experiments.cost import estimate, is_slow
 from ttame_jax.experiments.evaluate import Selection
 from ttame_jax.experiments.explain import Drawing, MethodConfig, find_images, parse_classes
@@ -161,26 +161,24 @@ def _photographs(config: FiguresConfig) -> Iterator[Photograph]:
         chosen = [files[i] for i in thin(np.arange(len(files)), limit)]
         return (Photograph(open_picture(path, config.max_pixels)) for path in chosen)
     run = load_config(config.run[0]) if config.run else None
-    source = load_source(
-        config.dataset or (run.dataset if run else ""),
-        config.split,
-        config.data_dir or (run.data_dir if run else None),
-    )
+    source = config.source(run, config.max_pixels)
     mistakes = config.classes == MISTAKES
     indices = select(source, config.list, None if mistakes else config.limit)
     if mistakes:
         indices = np.random.default_rng(0).permutation(indices)
-    return _read(source, indices, config.max_pixels)
+    return _read(source, indices)
 
 
-def _read(source: Source, indices: np.ndarray, max_pixels: int) -> Iterator[Photograph]:
+def _read(source: Source, indices: np.ndarray) -> Iterator[Photograph]:
     """The images of a data set. Unreadable ones are left out with a warning."""
     for index in indices.tolist():
-        one = source[index]
         try:
-            yield Photograph(decode(one["image"], max_pixels=max_pixels), one["label"], source)
-        except UnreadableImage:
+            one = source[index]
+            image = decode(one["image"], max_pixels=source.max_pixels)
+        except OSError:
             warnings.warn(f"skipping an unreadable image: {source.name(index)}", stacklevel=2)
+        else:
+            yield Photograph(image, one["label"], source)
 
 
 def _explainers(config: FiguresConfig) -> list[Explainer]:

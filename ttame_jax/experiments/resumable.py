@@ -52,7 +52,7 @@ class ResumableRows:
             total=len(indices), initial=len(indices) - len(left), unit="image", disable=not first
         )
         start = time.perf_counter()
-        with bar, contextlib.closing(LineFile(self.path, self._lines(records))) as file:
+        with bar, contextlib.closing(self._file(records)) as file:
             for rows in batches(left) if len(left) else ():
                 seconds, start = time.perf_counter() - start, time.perf_counter()
                 count = len(rows["index"])
@@ -62,7 +62,7 @@ class ResumableRows:
                     for i in range(count)
                 ]
                 if first:
-                    file.append(*self._lines(new, header=not records))
+                    file.append(*map(_line, new))
                 records += new
                 bar.update(count)
         records.sort(key=lambda record: record["index"])
@@ -73,11 +73,8 @@ class ResumableRows:
         """Deletes the file, once the output is written."""
         self.path.unlink()
 
-    def _lines(self, records: Sequence[dict], header: bool = True) -> list[str]:
-        """The lines of some rows, after the settings if they are the first ones."""
-        lines = [self.header] if header and records else []
-        lines += [to_json(seal(record)) for record in records]
-        return [line + "\n" for line in lines]
+    def _file(self, records: Iterable[dict]) -> LineFile:
+        return LineFile(self.path, [self.header + "\n", *map(_line, records)])
 
     def _read(self) -> list[dict]:
         """The rows of a file with these settings, one per image. A file without any is deleted.
@@ -90,6 +87,10 @@ class ResumableRows:
         if not rows:
             self.path.unlink(missing_ok=True)
         return list(rows.values())
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return to_json(seal(record)) + "\n"
 
 
 def _row(line: bytes) -> dict | None:

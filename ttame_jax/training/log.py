@@ -121,7 +121,7 @@ class JsonLines:
             say(f"{path}: damaged lines are dropped ({', '.join(damaged[:5])})")
         kept = [line for line, of in zip(lines, steps) if of is not None and of <= step and step]
         self._file = LineFile(path, [line + "\n" for line in kept])
-        if text and not kept:
+        if text:
             self._file.flush()
 
     def append(self, record: Mapping) -> None:
