@@ -122,26 +122,14 @@ class Trainer:
         """
         config, plan = self.config, self.plan
         learning_rate = jax.jit(plan.cycle.learning_rate)
-        state = self._initial_state(plan)
         with (
             contextlib.closing(self._batches()) as batches,
             locked(config.output),
             Checkpoints(config) as checkpoints,
             preemption() as preempted,
         ):
-            settle(config)  # another process may have written since the first check
-            _check_inputs(config, self.inputs)
-            state, position = checkpoints.restore(state)
-            if position is not None:
-                batches.set_state(position)
-            elif config.scale_features:
-                state = self._scaled_state(plan)
+            state = self._start(plan, batches, checkpoints)
             first, metrics = int(state.step), None
-            if jax.process_index() == 0:
-                config.save(inputs=self.inputs)
-                if position is None:  # later the user may have edited them
-                    self._save_class_names()
-            self._announce(first)
             with (
                 Feed(batches, self.mesh) as feed,
                 Log(config.output, first, plan.total_steps, feed) as log,
@@ -175,6 +163,22 @@ class Trainer:
                         return step == plan.total_steps
             say(f"done: ttame explain IMAGE --run {config.output} --output DIR")
         return True
+
+    def _start(self, plan: Plan, batches: Batches, checkpoints: Checkpoints) -> TrainState:
+        """The state to begin with, restored or new. Sets the batches' position, too."""
+        settle(self.config)  # another process may have written since the first check
+        _check_inputs(self.config, self.inputs)
+        state, position = checkpoints.restore(self._initial_state(plan))
+        if position is not None:
+            batches.set_state(position)
+        elif self.config.scale_features:
+            state = self._scaled_state(plan)
+        if jax.process_index() == 0:
+            self.config.save(inputs=self.inputs)
+            if position is None:  # later the user may have edited them
+                self._save_class_names()
+        self._announce(int(state.step))
+        return state
 
     def _save_class_names(self) -> None:
         """Saves the backbone's class names, or the data set's if their number fits."""
