@@ -108,6 +108,17 @@ def test_functions_that_onnx_has_are_one_node(function, node):
 def test_functions_of_the_same_name_are_not_taken_for_them():
     check(jax.jit(partial(nnx.gelu, approximate=True)))
 
+    @jax.jit
+    def layer_norm(x, scale):
+        return (x - x.mean((1, 2, 3), keepdims=True)) * scale
+
+    @jax.custom_jvp
+    def relu(x):
+        return jnp.where(x > 0, x, 0.1 * x)
+
+    relu.defjvp(lambda x, tangents: (relu(x[0]), tangents[0]))
+    check(lambda x: layer_norm(relu(x), 2.0))
+
 
 def test_a_pointwise_linear_layer_between_convolutions_stays_channels_first():
     """As a 1x1 convolution, which ONNX Runtime fuses with its neighbours."""

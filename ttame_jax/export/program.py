@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from ttame_jax.errors import Failure
 from ttame_jax.explainer import Explainer
@@ -15,6 +16,9 @@ Outputs = dict[str, jax.Array]
 
 # In JAX 0.9 the error is in `jax.core`.
 _errors: Any = jax.errors if hasattr(jax.errors, "InconclusiveDimensionOperation") else jax.core
+
+MOST_BYTES = 2**31 - 2**24
+"""Of the weights. Protocol buffers and FlatBuffers hold 2 GiB, with the program."""
 
 OUTPUTS = ("logits", "maps", "likeliest", "likeliest_maps")
 """Names of the outputs, in their order in an ONNX graph."""
@@ -38,7 +42,8 @@ def program(
 
     Raises:
       ValueError: there are fewer classes than that.
-      Failure: the method's program depends on the number of images; raised by the function.
+      Failure: the weights are too large for a file; or the program depends on the number of images,
+        raised by the function.
     """
     method, backbone = explainer.method, explainer.backbone
     if not 0 < likeliest <= backbone.num_classes:
@@ -47,16 +52,24 @@ def program(
             f"{likeliest}"
         )
 
+    size = sum(x.nbytes for x in jax.tree.leaves(nnx.state(method)))
+    if size > MOST_BYTES:
+        raise Failure(
+            f"{backbone.name} has {size / 2**30:.1f} GiB of weights: an exported file holds less "
+            "than 2 GiB"
+        )
+
     def explain(images, classes):
-        logits, features = backbone(backbone.preprocessing.standardise(images))
-        first = jax.lax.top_k(logits, likeliest)[1]
-        # Explained together, so that methods that run the backbone again do so once.
-        both = jnp.concatenate([first, classes], axis=1)
         try:
+            logits, features = backbone(backbone.preprocessing.standardise(images))
+            first = jax.lax.top_k(logits, likeliest)[1]
+            # Explained together, so that methods that run the backbone again do so once.
+            both = jnp.concatenate([first, classes], axis=1)
             maps = method.explain_features(images, features, both)
         except _errors.InconclusiveDimensionOperation as error:
             raise Failure(
-                f"{method.name} cannot be exported: its program depends on the number of images"
+                f"{method.name} cannot be exported: its program or that of {backbone.name} depends on "
+                "the number of images"
             ) from error
         return dict(zip(OUTPUTS, (logits, maps[:, likeliest:], first, maps[:, :likeliest])))
 

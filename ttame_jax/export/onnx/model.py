@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
+from ttame_jax import compilers
 from ttame_jax.errors import Failure
 from ttame_jax.explainer import Explainer
 from ttame_jax.export.program import OUTPUTS, metadata, program
@@ -78,7 +80,7 @@ def _equation(graph, equation, inputs: list[Value]) -> list[Value]:
     if name in CALLS:
         inner = next(params[key] for key in ("jaxpr", "call_jaxpr") if key in params)
         name = f"{name}[{inner.jaxpr.debug_info.func_name}]"
-        if known or name not in RULES:
+        if known or name not in RULES or not _is_known(inner):
             return translate(graph, inner, inputs)
     if name == "platform_index":  # ONNX Runtime is none of XLA's platforms
         return [constant(np.int32(params["platforms"].index(None)))]
@@ -92,6 +94,12 @@ def _equation(graph, equation, inputs: list[Value]) -> list[Value]:
         inputs = [graph.full(x, atom.aval.shape) for x, atom in zip(inputs, equation.invars)]
     result = RULES[name](graph, equation.outvars[0].aval, *inputs, **params)
     return result if isinstance(result, list) else [result]
+
+
+def _is_known(function: ClosedJaxpr) -> bool:
+    """Whether a function is one of JAX's or of `compilers`, not a user's of the same name."""
+    _, _, place = (function.jaxpr.debug_info.func_src_info or "").partition(" at ")
+    return place.startswith((str(Path(jax.__file__).parent), compilers.__file__))
 
 
 NUMPY: dict[str, Callable[..., np.ndarray]] = {
