@@ -183,7 +183,9 @@ def run_config(checkpoint: Checkpoint, output: Path, weights: str) -> TrainConfi
     }
     model = _known(checkpoint, "model_name", names)
     backbone_config: dict[str, int | str] = {}
-    classes = len(next(v for k, v in checkpoint.attention.items() if k in _LAST))
+    classes = next((len(v) for k, v in checkpoint.attention.items() if k in _LAST), 0)
+    if not classes:
+        raise ValueError(f"{checkpoint.path} lacks {' or '.join(_LAST)} of the attention mechanism")
     if classes != 1000:
         backbone_config["num_classes"] = classes
     features, count = _layers(checkpoint, model, backbone_config)

@@ -70,6 +70,10 @@ def import_model(
     import_torch("convert import")
     if output.suffix != SUFFIX:
         raise ValueError(f"--output must end in {SUFFIX}, not {output.name}")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"--image-size must be at least 1, not {image_size}")
+    if features and len({*features}) < len(features):
+        raise ValueError("--features has a module twice")
     check_output_file(output)
     module, preprocessing = load_module(model, weights, image_size)
     preprocessing = dataclasses.replace(

@@ -56,9 +56,9 @@ def verify(
     if not tolerance > 0:
         raise ValueError(f"--tolerance must be positive, not {tolerance}")
     if Path(target).is_dir():
-        run = load_run(Path(target), weights)
+        run = load_run(Path(target), weights, precision="float32")
         backbone, attention = run.backbone, run.attention
-    elif "/" in target and not parts_of(target)[1]:
+    elif "/" in target and not parts_of(target):
         raise FileNotFoundError(f"there is no run {target}")
     else:
         backbone, attention = load_backbone(target, weights), None

@@ -186,6 +186,11 @@ with pytest.MonkeyPatch.context() as patch:
 model, backbone = names["model"], names["backbone"]
 logits = test_adapters.jax.jit(lambda x: model(x, training=False))(test_adapters.IMAGES)
 test_adapters.check(backbone, logits)
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor(3) as threads:
+    images = [test_adapters.IMAGES[:1].repeat(n, 0) for n in range(3, 9)]
+    for one in threads.map(lambda x: test_adapters.jax.jit(backbone)(x)[0], images):
+        test_adapters.np.testing.assert_allclose(one[:1], logits[:1], atol=1e-4)
 assert backbone.num_classes == 5 and backbone.feature_shapes()[0] == (8, 8, 16)
 keras = names["keras"]
 model.layers[-1].activation = keras.activations.softmax

@@ -8,6 +8,7 @@ mode.
 import contextlib
 import difflib
 import functools
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -16,6 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from ttame_jax.backbones import FunctionBackbone
+
+_keras_lock = threading.RLock()
+"""Held while layers of Keras are recorded, which changes them. Only traces take it."""
 
 _outputs: ContextVar[dict[Any, Any]] = ContextVar("_outputs")
 """What the recorded submodules have returned in the current call of a model."""
@@ -209,6 +213,7 @@ def from_keras(
 
     def forward(params, images):
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_keras_lock)
             outputs = stack.enter_context(_recorded())
             for feature in features:
                 stack.enter_context(_keras_recorded(layers[feature]))

@@ -18,9 +18,10 @@ from ttame_jax.data.transforms import MAX_PIXELS
 from ttame_jax.files import in_bucket, to_json, write_atomically
 from ttame_jax.losses import LossConfig
 from ttame_jax.preprocessing import Masking
-from ttame_jax.weights.backbones import default_weights, file_of, is_file, parts_of
+from ttame_jax.weights.backbones import default_weights, is_file, parts_of
 
 CONFIG_FILE = "config.json"
+Precision = Literal["float32", "bfloat16"]
 INPUTS = "inputs"
 """Key of ``config.json`` for the fingerprints of what the run reads."""
 PRESETS = "ttame_jax.configs"
@@ -95,7 +96,7 @@ class Model:
     training images. For classifiers whose activations are much larger or smaller than 1."""
     masking: Masking | None = None
     """How a map masks an image: pixel |E*I|, standardised E*|I|; None is the backbone's default."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     """Precision of the computation. Parameters and loss are float32."""
 
 
@@ -212,10 +213,10 @@ def _with_paths(config: TrainConfig, change: Callable[[str], str]) -> TrainConfi
     """The configuration with changed paths of its inputs."""
     weights, data_dir, listed = config.weights, config.data_dir, config.validation_list
     folder = config.dataset.removeprefix(FOLDER)
-    prefix, path, rest = parts_of(config.backbone)
+    parts = parts_of(config.backbone)
     return dataclasses.replace(
         config,
-        backbone=f"{prefix}{change(path)}{rest}" if path else config.backbone,
+        backbone="".join(parts._replace(path=change(parts.path))) if parts else config.backbone,
         weights=change(weights) if weights and is_file(weights) else weights,
         data_dir=change(data_dir) if data_dir else data_dir,
         validation_list=type(listed)(change(os.fspath(listed))) if listed else listed,
@@ -227,8 +228,8 @@ def preset(backbone: str) -> TrainConfig:
     """The configuration of that name in ``configs``, or the defaults."""
     if backbone is tyro.MISSING:
         return TrainConfig(backbone=backbone, output=tyro.MISSING)
-    file = file_of(backbone)
-    name = Path(file[0]).stem + file[1] if file else backbone
+    parts = parts_of(backbone)
+    name = Path(parts.path).stem + parts.rest if parts and not parts.prefix else backbone
     output = Path("runs") / re.sub(r"\W+", "_", name)
     public = backbone.isidentifier() and not backbone.startswith("_")
     if public and importlib.util.find_spec(f"{PRESETS}.{backbone}"):

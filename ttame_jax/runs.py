@@ -20,14 +20,14 @@ from ttame_jax import labels
 from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import Backbone
 from ttame_jax.checks import accepts
-from ttame_jax.config import CONFIG_FILE, INPUTS, TrainConfig, located
+from ttame_jax.config import CONFIG_FILE, INPUTS, Precision, TrainConfig, located
 from ttame_jax.errors import Damaged, Failure, no_word_of_closed_loops, only_errors_logged
 from ttame_jax.explainer import Explainer
 from ttame_jax.files import absolute, check_bucket, digest
 from ttame_jax.losses import RECIPES, LossConfig
 from ttame_jax.methods import load_method
 from ttame_jax.weights import load_backbone, module_files
-from ttame_jax.weights.backbones import file_of
+from ttame_jax.weights.backbones import parts_of, unmoved
 
 CHECKPOINT_FOLDER = "checkpoints"
 
@@ -49,20 +49,27 @@ class Run:
     step: int
 
 
-def load_run(run_dir: str | Path, weights: str | None = None) -> Run:
+def load_run(
+    run_dir: str | Path, weights: str | None = None, precision: Precision | None = None
+) -> Run:
     """Loads a run at its best checkpoint, or at its last one if none was validated.
 
     Args:
       run_dir: the run's ``--output`` folder.
       weights: of the backbone, if they are no longer where the run found them. Of a backbone that is
-        a file, that file. It must be given for "FILE.py:FUNCTION", since its code is run.
+        a file or "hf:FOLDER", that name. It must be given for "FILE.py:FUNCTION", since its code is
+        run.
+      precision: of the computation; None is that of the training.
 
     Raises:
       FileNotFoundError: the folder is not a run, or has no checkpoint yet.
       Failure: the backbone is code, and is not given.
     """
     config = load_config(run_dir)
-    if weights is not None and file_of(config.backbone):
+    if precision is not None:
+        config = dataclasses.replace(config, precision=precision)
+    parts = parts_of(config.backbone)
+    if weights is not None and parts and weights.startswith(parts.prefix):
         config = dataclasses.replace(config, backbone=weights)
     elif weights is not None:
         config = dataclasses.replace(config, weights=weights)
@@ -235,11 +242,9 @@ def digests_of(items: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
 
 
 def _architecture(config: TrainConfig) -> dict[str, Any]:
-    """The settings that define the model. Of a backbone's file only its name, since a run can move."""
+    """The settings that define the model. Of a backbone's path only the name, since a run can move."""
     settings = {name: operator.attrgetter(name)(config) for name in ARCHITECTURE}
-    if file := file_of(config.backbone):
-        settings["backbone"] = Path(file[0]).name + file[1]
-    return settings
+    return settings | {"backbone": unmoved(config.backbone)}
 
 
 def check_architecture(folder: epath.Path, steps: Iterable[int], config: TrainConfig) -> None:
@@ -251,6 +256,8 @@ def check_architecture(folder: epath.Path, steps: Iterable[int], config: TrainCo
     settings = _architecture(config)
     for step in steps:
         for name, saved in _saved_digests(folder / str(step)).get("architecture", {}).items():
+            if name == "backbone":
+                saved = unmoved(saved)  # earlier versions saved the path of hf:FOLDER
             if name in settings and saved != settings[name]:
                 raise Failure(
                     f"{folder.parent / CONFIG_FILE} has {name} {settings[name]}, but "

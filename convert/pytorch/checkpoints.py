@@ -152,7 +152,7 @@ def numpy_state(state: dict) -> Tensors:
     """PyTorch tensors as NumPy arrays; floating-point ones become float32."""
     return {
         key: (tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy()
-        for key, tensor in state.items()
+        for key, tensor in ((key, parameter.detach()) for key, parameter in state.items())
     }
 
 

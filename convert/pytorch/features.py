@@ -36,13 +36,18 @@ def find_places(
     Raises:
       ValueError: there are none.
     """
+    known = [prefix_tokens]
     if prefix_tokens is None:
-        prefix_tokens = getattr(module, "num_prefix_tokens", None)  # timm's
+        known = [getattr(module, "num_prefix_tokens", None), None]  # timm's, or what fits
     places = {
         path: place
         for path, value in values.items()
-        if (place := _place(value, outputs[path].shape, size, prefix_tokens))
+        if (place := _place(value, outputs[path].shape, size, known))
     }
+    if prefix_tokens is not None and not any(x.layout == "tokens" for x in places.values()):
+        raise ValueError(
+            f"no module of {name} returns a square of tokens after {prefix_tokens} others"
+        )
     if not places:
         raise ValueError(
             f"{name} has no spatial features: no module on the way to its logits returns "
@@ -51,7 +56,9 @@ def find_places(
     return places
 
 
-def _place(value: str, shape: Sequence[int], size: int, prefix_tokens: int | None) -> Place | None:
+def _place(
+    value: str, shape: Sequence[int], size: int, prefixes: Sequence[int | None]
+) -> Place | None:
     """An output with an extent in space, from its shape; None for any other."""
     if len(shape) == 4 and shape[0] == 1:
         if 2 <= shape[2] == shape[3] <= size:
@@ -60,8 +67,10 @@ def _place(value: str, shape: Sequence[int], size: int, prefix_tokens: int | Non
             return Place(value, "channels_last")
     if len(shape) == 3 and shape[0] == 1:
         tokens = shape[1]
-        for prefix in (prefix_tokens, tokens - math.isqrt(tokens) ** 2):
-            if prefix is None or not 0 <= prefix <= MOST_PREFIX_TOKENS:
+        for prefix in prefixes:
+            if prefix is None:
+                prefix = tokens - math.isqrt(tokens) ** 2
+            if not 0 <= prefix <= MOST_PREFIX_TOKENS:
                 continue
             side = math.isqrt(max(tokens - prefix, 0))
             if 2 <= side <= size and side * side == tokens - prefix:

@@ -106,6 +106,28 @@ def test_a_configuration_that_lacks_a_field_is_damaged(saved):
         load_backbone(f"hf:{folder}", "hf")
 
 
+@pytest.mark.parametrize("saved", ["vit"], indirect=True)
+@pytest.mark.parametrize(
+    ("file", "content", "error", "message"),
+    [
+        ("config.json", '{"model_type": "vi', Damaged, "config.json is not a JSON file"),
+        ("config.json", "[]", Damaged, "config.json is not a configuration of transformers"),
+        ("preprocessor_config.json", '{"resample": 1}', ValueError, "Pillow's filter 1"),
+        (
+            "preprocessor_config.json",
+            '{"resample": 2, "do_normalize": false}',
+            ValueError,
+            "has a preprocessing without do_normalize",
+        ),
+    ],
+)
+def test_files_that_cannot_be_used_are_refused(saved, file, content, error, message):
+    _, folder = saved
+    (folder / file).write_text(content)
+    with pytest.raises(error, match=message):
+        load_backbone(f"hf:{folder}", "hf")
+
+
 def test_a_folder_without_its_files_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*model\.safetensors"):
         load_backbone(f"hf:{tmp_path}", "hf")

@@ -447,3 +447,11 @@ def test_a_run_with_the_weights_of_its_checkpoint_can_be_moved(written, tmp_path
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert Path(load_config(tmp_path / "moved").weights).samefile("../moved/backbone.safetensors")
+
+
+def test_a_checkpoint_without_its_bias_is_refused(tmp_path):
+    state = attention_state(CHANNELS["squeezenet1_0"])
+    state = {key: value for key, value in state.items() if not key.endswith("fuser.bias")}
+    options = {"model_name": "squeezenet1_0", "layers": layers("squeezenet1_0")}
+    torch.save(checkpoint(state, **options), tmp_path / "c.ckpt")
+    assert "lacks fuser.bias or op.bias" in refused(tmp_path / "c.ckpt", tmp_path / "run")

@@ -1,5 +1,6 @@
 """The command `ttame convert`, and that its runs are runs."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ def main(words):
     ttame(["convert", *words])
 
 
+from ttame_jax.runs import load_config
 from ttame_jax.weights import load_backbone
 from ttame_jax.weights.transfer import parameters, to_torch
 
@@ -102,7 +104,8 @@ def test_an_imported_run_is_explained_exported_and_verified(
     ttame(["explain", str(image), "--run", str(run), "--output", str(tmp_path / "maps")])
     assert (tmp_path / "maps" / "000.png").is_file()
     capsys.readouterr()
-    main(["verify", str(run)])
+    dataclasses.replace(load_config(run), precision="bfloat16").save(run)
+    main(["verify", str(run)])  # in float32, as the docs say
     assert capsys.readouterr().out.startswith("torchvision logits ")
     main(["to-torch", str(run), "--output", str(tmp_path / "files")])
     assert "  attention.ckpt: attention and backbone as the" in capsys.readouterr().out
@@ -130,7 +133,11 @@ def test_evaluation_masks_as_the_run_says(make_run, pictures, tmp_path):
         (["to-torch", "no", "--output", "out"], "ttame: no is not a run: config.json is missing"),
         (["from-reference", "no.ckpt", "--output", "out"], "ttame: no checkpoint no.ckpt"),
         (
-            ["backbone", "vgg16", "--weights", "no.pth", "--output", "out"],
+            ["backbone", "vgg16", "--output", "w.pt"],
+            "ttame: --output is a .safetensors file, not w",
+        ),
+        (
+            ["backbone", "vgg16", "--weights", "no.pth", "--output", "o.safetensors"],
             "ttame: no weights file no.pth; weights are a file, ",
         ),
     ],

@@ -11,6 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny import TINY
 
 from ttame_jax.convert.pytorch.checkpoints import read_torch
 from ttame_jax.convert.verify import verify
@@ -75,6 +76,26 @@ def test_our_own_file_gives_back_backbone_and_config(tmp_path, random_backbone):
     assert again.preprocessing == preprocessing and hash(again.preprocessing)
     assert_equal(again, backbone)
     assert os.listdir(tmp_path) == ["own.safetensors"]
+
+
+def test_our_own_file_gives_back_the_feature_maps(tmp_path, random_backbone):
+    backbone = random_backbone("vit", **TINY, features="norm")
+    save_backbone(backbone, tmp_path / "own.safetensors")
+    again = load_backbone("vit", tmp_path / "own.safetensors")
+    assert again.feature_layers == backbone.feature_layers
+    other = load_backbone("vit", tmp_path / "own.safetensors", features="block")
+    assert other.feature_layers != backbone.feature_layers
+
+
+def test_parameters_that_require_gradients_are_read(tmp_path, backbone):
+    state = {
+        key: torch.nn.Parameter(x)
+        for key, x in torch_state(backbone).items()
+        if x.is_floating_point()
+    }
+    buffers = {key: x for key, x in torch_state(backbone).items() if key not in state}
+    torch.save(state | buffers, tmp_path / "w.pth")
+    assert_equal(load_backbone("digits_cnn", tmp_path / "w.pth"), backbone)
 
 
 def test_a_callers_option_overrides_the_files(tmp_path, backbone):

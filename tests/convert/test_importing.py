@@ -369,6 +369,13 @@ def test_what_cannot_be_imported_is_refused_in_one_line(name, reason, module, tm
         ("absent.py:make", [], "no file absent.py"),
         ("{module}:vit", ["--image-size", "40"], "does not take images [1, 3, 40, 40]: Assert"),
         ("{module}:cnn", ["--image-size", "32", "--features", "fc"], "has no module 'fc' with"),
+        ("{module}:cnn", ["--features", "fc", "fc"], "--features has a module twice"),
+        ("{module}:vit", ["--image-size", "0"], "--image-size must be at least 1, not 0"),
+        (
+            "{module}:vit",
+            ["--image-size", "32", "--prefix-tokens", "3"],
+            "a square of tokens after 3",
+        ),
         ("{module}:cnn", ["--weights", "random"], "--weights random is for timm:MODEL"),
         ("{module}:cnn", ["--weights", "{vit}"], "does not fit"),
         ("{broken}:cnn", [], "broken.py, line 2: SyntaxError"),

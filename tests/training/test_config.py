@@ -4,11 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from ttame_jax.cli import main
 from ttame_jax.config import TrainConfig, command, preset
 from ttame_jax.losses import LossConfig
-from ttame_jax.runs import load_config
+from ttame_jax.runs import check_architecture, digests_of, load_config
 from ttame_jax.training.loop import settle
 
 pytestmark = pytest.mark.quick
@@ -110,7 +111,14 @@ def test_a_model_of_a_local_folder_moves_with_its_run(tmp_path, monkeypatch):
         json.loads(Path("runs/mine/config.json").read_text())["backbone"] == "hf:../../models/mine"
     )
     monkeypatch.chdir(tmp_path / "models")
-    found = load_config(tmp_path / "runs" / "mine").backbone
+    moved = load_config(tmp_path / "runs" / "mine")
+    saved = {"architecture": {"backbone": "hf:models/mine"}}  # by an earlier version
+    for digests in (saved, digests_of({}, config)):
+        digests_file = tmp_path / "runs" / "mine" / "checkpoints" / "4" / "digests" / "metadata"
+        digests_file.parent.mkdir(parents=True, exist_ok=True)
+        digests_file.write_text(json.dumps(digests))
+        check_architecture(epath.Path(digests_file.parents[2]), [4], moved)
+    found = moved.backbone
     assert Path(found.removeprefix("hf:")).samefile(tmp_path / "models" / "mine")
 
 

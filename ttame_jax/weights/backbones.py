@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -133,6 +133,8 @@ def _config(backbone: Backbone) -> dict[str, Any]:
     }
     if names := fields.pop("class_names"):
         config["class_names"] = names
+    if backbone.features:
+        config["features"] = backbone.features
     if _is_foreign(backbone.name):
         config["architecture"] = {"family": family.backbone.__name__, **fields}
     for field in family.free.get(backbone.name, ()):
@@ -157,27 +159,34 @@ def _is_foreign(name: str) -> bool:
     return name.startswith((TIMM, HUGGINGFACE))
 
 
-def file_of(name: str) -> tuple[str, str] | None:
-    """The path that the name of a backbone begins with, and the rest of the name.
+class Parts(NamedTuple):
+    """The parts of the name of a backbone that has a path.
 
-    None for a backbone that is no file of its own.
+    Attributes:
+      prefix: "hf:" for a model of transformers, or empty.
+      path: a file or a folder. That of "hf:OWNER/NAME" need not exist.
+      rest: ":FUNCTION" of a Python file, or empty.
     """
-    if is_imported(name):
-        return name, ""
-    function = module_files.parse(name)
-    return (str(function[0]), f":{function[1]}") if function else None
+
+    prefix: str
+    path: str
+    rest: str
 
 
-def parts_of(name: str) -> tuple[str, str, str]:
-    """The prefix, the path and the rest of the name of a backbone.
-
-    The path is empty for a backbone that is no file of its own. That of "hf:OWNER/NAME" need not
-    exist.
-    """
+def parts_of(name: str) -> Parts | None:
+    """The parts of the name of a backbone; None if it has no path."""
     if name.startswith(HUGGINGFACE):
-        return HUGGINGFACE, name.removeprefix(HUGGINGFACE), ""
-    path, rest = file_of(name) or ("", "")
-    return "", path, rest
+        return Parts(HUGGINGFACE, name.removeprefix(HUGGINGFACE), "")
+    if is_imported(name):
+        return Parts("", name, "")
+    function = module_files.parse(name)
+    return Parts("", str(function[0]), f":{function[1]}") if function else None
+
+
+def unmoved(name: str) -> str:
+    """The name of a backbone without the folder of its path, which is the same after a move."""
+    parts = parts_of(name)
+    return "".join(parts._replace(path=Path(parts.path).name)) if parts else name
 
 
 def is_file(weights: str) -> bool:
@@ -190,10 +199,10 @@ def default_weights(name: str) -> str | None:
 
     None for a backbone that is a file, which has its own.
     """
-    if file_of(name):
-        return None
     if _is_foreign(name):
         return name.partition(":")[0]
+    if parts_of(name):
+        return None
     libraries = [one for one in ("torchvision", "timm") if name in published(one)]
     return next(iter(libraries), "torchvision")
 
@@ -223,8 +232,7 @@ def _build(name: str, config: Mapping[str, Any], rngs: nnx.Rngs) -> Backbone:
 def _architecture(name: str, fields: dict[str, Any]) -> tuple[Family, Architecture]:
     """The named architecture, or the one that the configuration describes (and loses)."""
     if isinstance(preprocessing := fields.get("preprocessing"), Mapping):
-        values = {key: _hashable(value) for key, value in preprocessing.items()}
-        fields["preprocessing"] = Preprocessing(**values)
+        fields["preprocessing"] = Preprocessing(**preprocessing)
     if not _is_foreign(name):
         return _FAMILIES[name], _FAMILIES[name].architectures[name]
     described = {key: _hashable(value) for key, value in fields.pop("architecture").items()}

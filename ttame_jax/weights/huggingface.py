@@ -1,7 +1,7 @@
 """Image classifiers of transformers on the Hugging Face hub, or in a local folder."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,12 @@ def describe(model: str) -> dict[str, Any]:
       FileNotFoundError: it cannot be downloaded.
       Damaged: its configuration is not one of transformers.
     """
-    config, processor = (json.loads(path.read_text()) for path in files_of(model, FILES[:2]))
+    config, processor = map(_read, files_of(model, FILES[:2]))
     family = _family(config.get("model_type"))
     if family is None or family.huggingface is None:
         raise UnsupportedModel(f"hf:{model}", [f"is a {config.get('model_type')}"])
     try:
-        if reasons := list(family.huggingface.refusals(config)):
+        if reasons := [*family.huggingface.refusals(config), *_refusals(processor)]:
             raise UnsupportedModel(f"hf:{model}", reasons)
         names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers' default
         return {
@@ -46,6 +46,16 @@ def describe(model: str) -> dict[str, Any]:
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"the configuration of hf:{model} lacks {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise Damaged(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise Damaged(f"{path} is not a configuration of transformers")
+    return content
 
 
 def weights(model: str) -> Path:
@@ -73,6 +83,15 @@ def _class_names(labels: Mapping[str, str]) -> tuple[str, ...] | None:
     return None if imagenet or names[0] == "LABEL_0" else names
 
 
+def _refusals(processor: Mapping[str, Any]) -> Iterator[str]:
+    """Why a preprocessing is not supported."""
+    if processor["resample"] not in RESAMPLING:
+        yield f"resizes images with Pillow's filter {processor['resample']}"
+    for step in ("do_rescale", "do_normalize"):
+        if not processor.get(step, True):
+            yield f"has a preprocessing without {step}"
+
+
 def _preprocessing(processor: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `Preprocessing`. Where transformers squashes an image, its centre is cut out."""
     side, crop = (_side(processor.get(name)) for name in ("size", "crop_size"))
@@ -82,8 +101,8 @@ def _preprocessing(processor: Mapping[str, Any]) -> dict[str, Any]:
         sizes = {"image_size": side, "resize_size": int(side / processor.get("crop_pct", 1))}
     return sizes | {
         "interpolation": RESAMPLING[processor["resample"]],
-        "mean": tuple(processor["image_mean"]),
-        "std": tuple(processor["image_std"]),
+        "mean": processor["image_mean"],
+        "std": processor["image_std"],
     }
 
 

@@ -77,7 +77,7 @@ def _read(
         )
     try:
         fields = json.loads(metadata["config"])
-        preprocessing = Preprocessing(**_tuples(fields.pop("preprocessing")))
+        preprocessing = Preprocessing(**fields.pop("preprocessing"))
         description = Description(
             graph=metadata["graph"], preprocessing=preprocessing, **_tuples(fields)
         )
