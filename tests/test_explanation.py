@@ -115,3 +115,25 @@ def test_a_figure_of_many_classes_shows_the_most_probable_ones_in_rows(monkeypat
 def test_an_unknown_style_is_refused():
     with pytest.raises(ValueError, match="style must be one of figure, overlay.*, not 'heat'"):
         explanation().draw("heat")
+
+
+@pytest.mark.parametrize("style", ["figure", "overlay", "heatmap", "transparent"])
+@pytest.mark.parametrize("size", [(1, 100), (100, 1), (10, 3000)])
+def test_pictures_of_any_shape_can_be_drawn(style, size):
+    image = np.zeros((*size, 3), np.uint8)
+    (height, width), short = size, min(size)
+    left, top = (width - 0.4 * short) / 2, (height - 0.4 * short) / 2
+    box = (left, top, left + 0.4 * short, top + 0.4 * short)
+    of_part = Explanation(image, MAPS, np.arange(2), np.ones(2), ("a", "b"), box)
+    drawn = of_part.draw(style)
+    assert drawn.size == size[::-1] if style != "figure" else drawn.width < 20_000
+
+
+def test_a_single_map_is_resized_if_a_single_one_is_drawn(monkeypatch):
+    resized = []
+    resize_map = pictures.resize_map
+    monkeypatch.setattr(
+        pictures, "resize_map", lambda *args: resized.append(1) or resize_map(*args)
+    )
+    explanation().draw("heatmap")
+    assert len(resized) < 3  # for the values, and for the heatmap

@@ -50,6 +50,19 @@ def test_unknown_classes_are_refused_with_similar_names(text, names, count, mess
     assert "\n" not in str(error.value) and len(str(error.value)) < 200
 
 
+def test_a_number_that_is_a_name_is_not_an_id():
+    names = tuple(sorted(map(str, range(12))))
+    assert names[labels.find_class("2", names, 12)] == "2"
+    assert labels.find_class("20", ("10", "20", "30"), 3) == 1
+    assert labels.find_class("2", ("a", "b", "c"), 3) == 2
+
+
+def test_names_are_read_line_by_line(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_bytes("\ufeffcat\r\nbig\x0bdog\u2028s\n".encode())
+    assert labels.read_names(path) == ("cat", "big\x0bdog\u2028s")
+
+
 def test_of_equal_names_the_first_is_found():
     assert labels.find_class("cat", ("dog", "cat", "cat"), 3) == 1
 

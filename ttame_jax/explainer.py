@@ -11,7 +11,7 @@ from PIL import Image
 
 from ttame_jax.backbones import Backbone
 from ttame_jax.data.transforms import MAX_PIXELS, open_picture
-from ttame_jax.data.views import View, ViewName, crop_view, tiles, whole_view
+from ttame_jax.data.views import View, ViewName, check_elongation, crop_view, tiles, whole_view
 from ttame_jax.explanation import Explanation, merge_tiles
 from ttame_jax.labels import check_names, find_class, label
 from ttame_jax.methods import Explanations, Method
@@ -139,6 +139,11 @@ class Explainer:
         """
         whole = self.backbone.any_size and view != "crop"
         return (whole_view if whole else crop_view)(picture, self.backbone.preprocessing)
+
+    def check_view(self, picture: Image.Image, view: ViewName | None = None) -> None:
+        """Raises ValueError if a picture is too elongated for a view, see `explain_picture`."""
+        if view == "whole" or (view is None and self.backbone.any_size):
+            check_elongation(picture)
 
     def class_ids(self, classes: Sequence[int | str]) -> list[int]:
         """The ids of classes that are given by id, name or WordNet id.

@@ -69,8 +69,11 @@ class Explanation:
         return self._pixel_box() == (0, 0, width, height)
 
     def _pixel_box(self) -> tuple[int, int, int, int]:
+        """The box in whole pixels, at least one in each direction."""
+        height, width = self.image.shape[:2]
         left, top, right, bottom = map(round, self.box)
-        return left, top, right, bottom
+        left, top = min(left, width - 1), min(top, height - 1)
+        return left, top, max(right, left + 1), max(bottom, top + 1)
 
     def resized(self) -> np.ndarray:
         """The maps at the picture's size and in their place: float32 ``[K, H, W]``.
@@ -150,7 +153,7 @@ class Explanation:
             return self.figure(opacity, colour_map)
         if style == "overlay":
             return Image.fromarray(self.overlay(0, opacity, colour_map))
-        values = np.nan_to_num(self.resized()[0])
+        values = np.nan_to_num(dataclasses.replace(self, maps=self.maps[:1]).resized()[0])
         drawn = pictures.heatmap if style == "heatmap" else pictures.transparent
         return Image.fromarray(drawn(values, values.shape, colour_map))
 

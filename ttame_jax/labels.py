@@ -48,9 +48,11 @@ def read_names(path: str | os.PathLike) -> tuple[str, ...]:
       ValueError: it is not a text file, or a line is empty.
     """
     try:
-        names = tuple(line.strip() for line in epath.Path(path).read_text().splitlines())
+        text = epath.Path(path).read_bytes().decode("utf-8-sig")  # with or without a mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file with one class name per line") from error
+    # Not `splitlines`, which also splits at rarer characters, such as a vertical tab.
+    names = tuple(line.strip() for line in text.removesuffix("\n").split("\n"))
     if not all(names):
         raise ValueError(f"{path} has no class name in line {names.index('') + 1}")
     return names
@@ -69,13 +71,15 @@ def label(class_id: int, names: Sequence[str] | None) -> str:
 
 
 def find_class(text: str, names: Sequence[str] | None, num_classes: int) -> int:
-    """The class that a user names: by its id, its name (case is ignored) or its WordNet id.
+    """The class that a user names: by its name (case is ignored), its id or its WordNet id.
+
+    A number that is a name, such as that of a folder of images, is not an id.
 
     Raises:
       ValueError: there is no such class; the message lists the nearest names.
     """
     text = text.strip()
-    if text.isdecimal():
+    if text.isdecimal() and text not in (names or ()):
         if int(text) < num_classes:
             return int(text)
         raise ValueError(f"there is no class {text}: class ids are 0 to {num_classes - 1}")

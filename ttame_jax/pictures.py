@@ -23,6 +23,8 @@ OPACITY = 0.5
 """Default share of the heatmap in an overlay."""
 
 PANEL_HEIGHT = 320
+MOST_ELONGATED = 16
+"""Largest width of a panel, as a multiple of its height."""
 COLUMNS = 7
 GAP = 12
 TEXT_SIZE = 15
@@ -109,8 +111,8 @@ def panels(
     rows = -(-len(titles) // COLUMNS)
     columns = -(-len(titles) // rows)
     font = _font()
-    scale = PANEL_HEIGHT / height
-    size = (max(round(width * scale), 1), PANEL_HEIGHT)
+    scale = min(PANEL_HEIGHT / height, MOST_ELONGATED * PANEL_HEIGHT / width)
+    size = (max(round(width * scale), 1), max(round(height * scale), 1))
     wide = max(size[0], 8 * TEXT_SIZE)
     title_lines = [_wrapped(title, wide, font) for title in titles]
     line_height = round(1.3 * TEXT_SIZE)
@@ -123,7 +125,8 @@ def panels(
         row, column = divmod(i, columns)
         left, upper = GAP + column * (wide + GAP), top + row * (top + PANEL_HEIGHT)
         panel = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
-        canvas.paste(panel, (left + (wide - size[0]) // 2, upper))
+        middle_of_row = upper + (PANEL_HEIGHT - size[1]) // 2
+        canvas.paste(panel, (left + (wide - size[0]) // 2, middle_of_row))
         for j, line in enumerate(lines):
             middle = (left + wide / 2, upper - 4 - line_height * (len(lines) - 1 - j))
             draw.text(middle, line, fill="black", font=font, anchor="md")

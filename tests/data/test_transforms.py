@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from ttame_jax.data.transforms import (
     crop_boxes,
     decode,
     evaluation_image,
+    open_picture,
     preprocess,
     training_image,
 )
@@ -106,6 +108,27 @@ def test_every_colour_mode_becomes_rgb(mode, colour, file_format):
     decoded = decode(encode(image, file_format))
     assert decoded.mode == "RGB"
     assert decoded.getpixel((4, 4)) == expected
+
+
+def test_grey_images_of_12_and_16_bits_keep_their_range(tmp_path):
+    wide = np.full((9, 9), 200 << 8, ">u2")
+    assert decode(b"P5 9 9 65535\n" + wide.tobytes()).getpixel((4, 4)) == (200, 200, 200)
+    path = tmp_path / "grey.tif"
+    path.write_bytes(
+        grey_tiff(bytes([0xC8, 0x0C, 0x80]) * 32, side=8, bits=12)
+    )  # pixels of 200 << 4
+    for picture in (decode(path.read_bytes()), open_picture(path)):
+        assert picture.getpixel((4, 4)) == (200, 200, 200)
+
+
+def grey_tiff(pixels: bytes, side: int, bits: int) -> bytes:
+    """A TIFF of packed pixels, which Pillow reads and does not write."""
+    size, white, offset = len(pixels), 1, 8 + 2 + 9 * 12 + 4
+    tags = {256: side, 257: side, 258: bits, 259: 1, 262: white, 273: offset, 277: 1, 278: side}
+    entries = [
+        struct.pack("<HHII", tag, 4, 1, value) for tag, value in (tags | {279: size}).items()
+    ]
+    return struct.pack("<2sHIH", b"II", 42, 8, 9) + b"".join(entries) + bytes(4) + pixels
 
 
 @pytest.mark.filterwarnings("error")

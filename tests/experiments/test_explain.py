@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ from PIL import Image
 
 from ttame_jax import save_backbone
 from ttame_jax.cli import main
+from ttame_jax.experiments.explain import _output_stems
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,25 @@ def test_an_unreadable_file_given_by_name_is_refused_before_any_work(command, fo
     with pytest.raises(SystemExit):
         command(folder / "a.png", folder / "broken.jpg", "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_elongated_picture_given_by_name_is_refused_before_any_work(
+    folder, tmp_path, refusal, random_backbone
+):
+    Image.new("RGB", (90, 8)).save(tmp_path / "strip.png")
+    words = [folder / "a.png", tmp_path / "strip.png", "--backbone", "squeezenet1_1"]
+    save_backbone(random_backbone("squeezenet1_1"), tmp_path / "weights.safetensors")
+    words += ["--weights", tmp_path / "weights.safetensors", "--output", tmp_path / "out"]
+    _, line = refusal(["explain", *words])
+    assert f"{tmp_path / 'strip.png'}: a picture of 90x8 pixels is too elongated" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_results_do_not_begin_with_a_dot(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    images = [Path("../one/a.png"), Path("../two/a.png")]
+    assert [path.name for path in _output_stems(images, Path("out"))] == ["one_a.png", "two_a.png"]
 
 
 @pytest.mark.parametrize(("style", "mode"), [("overlay", "RGB"), ("transparent", "RGBA")])

@@ -11,6 +11,7 @@ import os
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE
 
 from ttame_jax.preprocessing import Preprocessing
 
@@ -52,7 +53,7 @@ def decode(
             _check_pixels(image, max_pixels)
             if shortest is not None:
                 image.draft(None, (shortest, shortest))
-            return _to_rgb(image)
+            return _to_rgb(image, _grey_bits(image))
     except Exception as error:  # Pillow raises many types for damaged files
         raise UnreadableImage(f"cannot decode the image: {error}") from error
 
@@ -157,7 +158,7 @@ def open_picture(
     """
     if isinstance(image, Image.Image):
         _check_pixels(image, max_pixels)
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return _to_rgb(ImageOps.exif_transpose(image), _grey_bits(image))
     try:
         with Image.open(image) as opened:
             return open_picture(opened, max_pixels)
@@ -175,15 +176,23 @@ def _check_pixels(image: Image.Image, most: int) -> None:
         )
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _grey_bits(image: Image.Image) -> int | None:
+    """The bits of a grey pixel, if there are 9 to 16."""
+    if image.mode.startswith("I;16"):
+        tags = getattr(image, "tag_v2", {})  # of a TIFF
+        return tags.get(BITSPERSAMPLE, (16,))[0]
+    return 16 if image.mode == "I" and image.format == "PPM" else None  # scaled by Pillow
+
+
+def _to_rgb(image: Image.Image, grey_bits: int | None) -> Image.Image:
+    if grey_bits:  # Pillow would clip it at 255
+        image = Image.fromarray((np.asarray(image) >> grey_bits - 8).astype(np.uint8))
     if image.mode in ("F", "I"):  # 32 bits per pixel, of an unknown range
         raise ValueError(
             f"its pixels are 32-bit numbers (mode {image.mode}): convert it to 8 or 16 bits"
         )
     if image.mode == "P":  # via RGBA: Pillow warns about transparent palette colours
         image = image.convert("RGBA")
-    elif image.mode.startswith("I;16"):  # 16-bit grey, which Pillow would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 

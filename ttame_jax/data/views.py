@@ -52,7 +52,7 @@ def whole_view(picture: Image.Image, preprocessing: Preprocessing) -> View:
     Raises:
       ValueError: the picture is too elongated.
     """
-    _check_elongation(picture)
+    check_elongation(picture)
     short = min(picture.size)
     width, height = (
         round(preprocessing.resize_size * math.floor(STEPS * side / short + 0.5) / STEPS)
@@ -71,7 +71,7 @@ def tiles(picture: Image.Image, preprocessing: Preprocessing) -> list[View]:
     Raises:
       ValueError: the picture is too elongated.
     """
-    _check_elongation(picture)
+    check_elongation(picture)
     short, long = sorted(picture.size)
     count, size = math.ceil(long / short), preprocessing.image_size
     views = []
@@ -83,7 +83,8 @@ def tiles(picture: Image.Image, preprocessing: Preprocessing) -> list[View]:
     return views
 
 
-def _check_elongation(picture: Image.Image) -> None:
+def check_elongation(picture: Image.Image) -> None:
+    """Raises ValueError if a picture is too elongated to be shown as a whole."""
     if max(picture.size) > MOST_ELONGATED * min(picture.size):
         raise ValueError(
             f"a picture of {picture.width}x{picture.height} pixels is too elongated to be shown as "

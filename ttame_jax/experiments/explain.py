@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import sys
@@ -15,7 +16,7 @@ import tyro
 from tqdm import tqdm
 
 from ttame_jax import pictures
-from ttame_jax.data.sources import IMAGE_SUFFIXES
+from ttame_jax.data.sources import IMAGE_SUFFIXES, images_below
 from ttame_jax.data.transforms import MAX_PIXELS, UnreadableImage, open_picture
 from ttame_jax.data.views import ViewName
 from ttame_jax.experiments.cost import estimate, is_slow
@@ -157,7 +158,7 @@ def explain_files(config: ExplainConfig) -> None:
     classes = parse_classes(config.classes, explainer)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
         # All at once, so that a bad file is found before a slow method starts.
-        for _ in threads.map(lambda path: open_picture(path, config.max_pixels), _named(config)):
+        for _ in threads.map(functools.partial(_check, config, explainer), _named(config)):
             pass
         with _passes_shown(explainer, len(images)) as explainer:
             skipped = _explain_all(config, explainer, classes, list(zip(images, stems)), threads)
@@ -181,6 +182,15 @@ def _passes_shown(explainer: Explainer, images: int) -> Iterator[Explainer]:
         yield Explainer(method, explainer.class_names)
 
 
+def _check(config: ExplainConfig, explainer: Explainer, path: Path) -> None:
+    """Refuses an image that cannot be explained."""
+    picture = open_picture(path, config.max_pixels)
+    try:
+        explainer.check_view(picture, config.view)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def _named(config: ExplainConfig) -> list[Path]:
     """The images that are given by name, not by their folder."""
     return [Path(path) for path in config.images if not path.is_dir()]
@@ -200,10 +210,8 @@ def find_images(paths: Sequence[Path], output: Path) -> list[Path]:
             continue
         inside = sorted(
             file
-            for file in path.rglob("*")
-            if file.suffix.lower() in IMAGE_SUFFIXES
-            and not file.name.startswith(".")
-            and (results == path.resolve() or results not in file.resolve().parents)
+            for file in images_below(path)
+            if results == path.resolve() or results not in file.resolve().parents
         )
         if not inside:
             raise ValueError(f"no images in {path} ({', '.join(sorted(IMAGE_SUFFIXES))})")
@@ -285,7 +293,7 @@ def _output_stems(images: Sequence[Path], output: Path) -> list[Path]:
     for path in images:
         name = path.stem
         if counts[name] > 1:
-            name = str(path).strip("/").replace("/", "_")
+            name = str(path).lstrip("./").replace("/", "_")
         numbered = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(2)))
         for stem in (output / name for name in numbered):
             files = {_key(Path(f"{stem}{suffix}")) for suffix in (".png", ".npz")}
@@ -307,7 +315,8 @@ def parse_classes(text: str, explainer: Explainer) -> Classes:
     """The argument of the explainer: None (predicted), all or top5, or a list of ids and names."""
     if text == "predicted":
         return None
-    one_name = explainer.class_names and text in explainer.class_names  # with a comma
-    if text == "all" or text.removeprefix("top").isdecimal() or one_name:
+    if text == "all" or text.startswith("top") and text.removeprefix("top").isdecimal():
         return text
-    return explainer.class_ids(text.split(","))
+    known = {name.casefold() for name in explainer.class_names or ()}
+    one_name = text.strip().casefold() in known  # it may have a comma
+    return explainer.class_ids([text] if one_name else text.split(","))
