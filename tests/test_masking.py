@@ -30,6 +30,11 @@ def test_min_max_scale_of_a_map_with_nan_is_nan():
     assert jnp.isnan(scaled[0]).all() and scaled[1].max() == 1
 
 
+def test_min_max_scale_of_a_map_of_large_values_is_finite():
+    maps = jnp.array([[[0, 1e38], [1e37, 8e37]]])
+    np.testing.assert_allclose(min_max_scale(maps), [[[0, 1], [0.1, 0.8]]], rtol=1e-6)
+
+
 def test_gradients_of_scaled_saturated_sigmoids_are_finite():
     class_maps = jnp.linspace(-60, -50, 16).reshape(1, 4, 4)
 

@@ -13,7 +13,7 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,13 @@ PathLike = str | os.PathLike
 
 Tensors = dict[str, np.ndarray]
 """Arrays by name, as in a state dict."""
+
+
+def below_common(paths: Sequence[Path]) -> list[Path]:
+    """The paths relative to the folder that all of them are in."""
+    absolute = [path.absolute() for path in paths]
+    common = os.path.commonpath([path.parent for path in absolute])
+    return [path.relative_to(common) for path in absolute]
 
 
 def in_bucket(path: PathLike) -> bool:

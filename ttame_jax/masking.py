@@ -8,6 +8,7 @@ from ttame_jax.preprocessing import Masking, Preprocessing
 # A map with less counts as constant.
 _SMALLEST_VARIANCE = 1e-12
 _SMALLEST_SPAN = float(jnp.finfo(jnp.float32).tiny)
+_LARGEST_UNIT = 1e30  # whose inverse does not underflow
 
 
 def min_max_scale(maps: jax.Array) -> jax.Array:
@@ -20,7 +21,7 @@ def min_max_scale(maps: jax.Array) -> jax.Array:
     span = maps.max(axis=(-2, -1), keepdims=True) - low
     constant = span < _SMALLEST_SPAN
     # The gradient of a quotient squares its divisor, which must not underflow: it is scaled to 1.
-    unit = jax.lax.stop_gradient(1 / jnp.where(constant, 1, span))
+    unit = jax.lax.stop_gradient(1 / jnp.clip(span, _SMALLEST_SPAN, _LARGEST_UNIT))
     return jnp.where(constant, 0, (maps - low) * unit / jnp.where(constant, 1, span * unit))
 
 

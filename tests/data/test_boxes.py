@@ -20,7 +20,7 @@ def folder(tmp_path):
 
 def boxes_of(folder, text):
     path = folder / "boxes.csv"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return read_boxes(path)
 
 
@@ -31,6 +31,24 @@ def test_images_have_their_boxes_by_file_name(folder):
     np.testing.assert_allclose(source[1]["boxes"], [[0.2, 0.1, 0.4, 0.3], [0, 0, 1, 1]])
     assert source[0]["boxes"].shape == (0, 4) and source[1]["label"] == 1
     assert source.count(np.arange(2)) == 1
+
+
+def test_images_of_one_file_name_need_their_folders(folder):
+    (folder / "a" / "one.png").rename(folder / "a" / "two.png")
+    source, places = load_source(f"folder:{folder}", "validation"), np.arange(2)
+    text = HEAD + "b/two.png,0,0,1,1\n"
+    assert BoxedSource(source, boxes_of(folder, text)).count(places) == 1
+    text += "two.png,0.1,0.2,0.3,0.4\n"
+    boxed = BoxedSource(source, boxes_of(folder, text))
+    assert boxed.count(places) == 2
+    np.testing.assert_array_equal(boxed[1]["boxes"], [[0, 0, 1, 1]])
+    boxed = BoxedSource(source, boxes_of(folder, HEAD + "two.png,0,0,1,1\n"))
+    with pytest.raises(ValueError, match="could be those of a/two.png and of b/two.png"):
+        boxed.count(places)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_columns(folder):
+    assert boxes_of(folder, "\ufeff" + HEAD + "a.png,0,0,1,1\n").keys() == {"a.png"}
 
 
 def test_other_boxes_are_other_inputs(folder):

@@ -1,4 +1,5 @@
 import multiprocessing
+from contextlib import nullcontext
 
 import grain
 import numpy as np
@@ -10,7 +11,7 @@ from ttame_jax.data import evaluation_batches
 from ttame_jax.data.evaluation import MOST_BOXES
 from ttame_jax.data.loader import train_batches
 from ttame_jax.data.transforms import evaluation_image
-from ttame_jax.errors import Failure
+from ttame_jax.errors import Damaged, Failure
 from ttame_jax.preprocessing import Preprocessing
 
 SMALL = Preprocessing(image_size=8, resize_size=10)
@@ -205,6 +206,15 @@ def test_evaluation_marks_an_unreadable_image_and_names_it_once():
     assert np.flatnonzero(~valid).tolist() == [17]
 
 
+@pytest.mark.parametrize(
+    ("before", "raises"), [((300, 0), False), ((100, 0), True), ((300, 2), True), ((0, 0), True)]
+)
+def test_images_that_an_interrupted_evaluation_has_read_count(before, raises):
+    batches = evaluation_batches(Pictures(5, (1, 2)), SMALL, 5, before=before)
+    with pytest.warns(UserWarning), pytest.raises(Damaged) if raises else nullcontext():
+        list(batches)
+
+
 @pytest.mark.filterwarnings("ignore:skipping")
 @pytest.mark.parametrize(
     "size, damaged, message, images_seen",
@@ -227,6 +237,13 @@ def test_more_than_one_per_cent_unreadable_is_an_error(size, damaged, message, i
 def test_one_per_cent_unreadable_is_no_error_however_often_they_are_seen():
     batches = train_batches(Pictures(200, damaged=(0, 1)), SMALL, 10, seed=0, workers=0)
     assert len(take(batches, 60)) == 60
+
+
+@pytest.mark.filterwarnings("ignore:skipping")
+def test_a_process_of_several_sees_all_unreadable_images_in_time():
+    source = Pictures(200, damaged=(0, 1))
+    batches = train_batches(source, SMALL, 10, seed=0, workers=0, process_index=0, process_count=4)
+    assert len(take(batches, 100)) == 100
 
 
 def test_a_source_of_unreadable_images_only_is_an_error():

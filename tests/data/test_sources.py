@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 from data_helpers import encode, noise
 from running import HIDE_TENSORFLOW, run_python
 
-from ttame_jax.data import evaluation_batches, load_source
+from ttame_jax.data import evaluation_batches, load_source, select
 from ttame_jax.data.tfds_source import prepare
 from ttame_jax.errors import Damaged
 from ttame_jax.preprocessing import Preprocessing
@@ -252,3 +252,36 @@ def test_boxes_in_another_format_are_not_read(tmp_path):
 def test_splits_without_images_are_refused(split, digits_dir):
     with pytest.raises(ValueError, match=r"the split '.*' of digits has no images"):
         load_source("digits", split, digits_dir)
+
+
+def test_a_folder_of_images_needs_no_folder_of_prepared_data_sets(tmp_path):
+    (tmp_path / "val").mkdir()
+    noise(8, 8).save(tmp_path / "val" / "a.png")
+    assert len(load_source(f"folder:{tmp_path}", "val", tmp_path / "gone")) == 1
+
+
+def test_class_folders_may_be_links_and_hidden_ones_are_left_out(tmp_path):
+    make_folder(tmp_path, "elsewhere/1.png", "train/b/2.png", "train/.thumbnails/3.png")
+    (tmp_path / "train" / "a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "train" / "c").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "train" / "b" / "up").symlink_to(tmp_path / "train")
+    source = load_source(f"folder:{tmp_path}", "train")
+    assert names_of(source) == ["a/1.png", "b/2.png", "c/1.png"]
+    assert source.class_names == ["a", "b", "c"]
+
+
+def test_splits_of_a_folder_cannot_be_added(tmp_path):
+    make_folder(tmp_path, "train/1.png", "val/2.png")
+    with pytest.raises(ValueError, match="the splits of a folder cannot be added"):
+        load_source(f"folder:{tmp_path}", "train+val")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a b.png 0\nc.JPG 1\n", "\ufeffa b.png\nc.JPG\n", "a b.png n01 5\nc.JPG\tn02\n"],
+)
+def test_names_in_a_list_may_have_spaces(text, tmp_path):
+    make_folder(tmp_path, "train/a b.png", "train/c.JPG", "train/d.png")
+    (tmp_path / "list.txt").write_text(text, encoding="utf-8")
+    source = load_source(f"folder:{tmp_path}", "train")
+    assert select(source, tmp_path / "list.txt").tolist() == [0, 1]

@@ -10,7 +10,7 @@ from tiny import TINY
 
 from ttame_jax.attention import VARIANTS
 from ttame_jax.cli import main
-from ttame_jax.config import preset
+from ttame_jax.config import TrainConfig, preset
 from ttame_jax.errors import Failure
 from ttame_jax.experiments import ablate as module
 from ttame_jax.experiments import sweep
@@ -187,6 +187,7 @@ def result(rate, drops, **known):
         summary = summarise(rows, ("ad", "ic"))
         figures = {"method": "ttame", "backbone": "vit_b16", "images": 9, "forward_passes": 1}
         figures |= summary | {"intervals": intervals(rows, ("ad", "ic"), 3)}
+        figures |= {"settings": {"inputs": {"images": "9 images"}}}
         result.add(seed, figures, rows)
     return result
 
@@ -284,3 +285,25 @@ def test_the_command_ends_with_one_line(tmp_path, refusal):
     status, said = refusal(["ablate", *words])
     assert status == 2 and not (tmp_path / "out").exists()
     assert said.startswith("ttame: --over loss.recipe cannot be 'papers'; it can be paper")
+
+
+def test_explicit_maskings_of_the_evaluation_do_not_depend_on_the_order():
+    config = TrainConfig(backbone="vit", output=Path("out"))
+    for over in (
+        (("masking",), ("evaluation-masking", "pixel")),
+        (("evaluation-masking", "pixel"), ("masking",)),
+    ):
+        ablation = Ablation(over=over)
+        assert _axes(config, ablation)[1] == ["pixel"]
+
+
+def test_settings_on_other_images_are_not_subtracted():
+    results = []
+    for name, images in (("a", "4 images"), ("b", "4 images"), ("c", "5 images")):
+        rows = {"index": np.arange(4), "confidence": np.ones(4), "masked": np.full((4, 3), 0.5)}
+        result = Result(metrics=("ad",), labels={"dataset": name})
+        figures = {"images": 4, **summarise(rows, ("ad",)), "intervals": intervals(rows, ("ad",))}
+        result.add(0, figures | {"settings": {"inputs": {"images": images}}}, rows)
+        results.append(result)
+    (*_, line) = differences(results).strip().splitlines()
+    assert line.startswith("| b ")

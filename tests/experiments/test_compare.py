@@ -6,16 +6,20 @@ import shutil
 
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
+from tiny import TINY
 
 from ttame_jax import save_backbone
 from ttame_jax.cli import main
 from ttame_jax.data.sources import FolderSource
+from ttame_jax.experiments.compare import _different
 from ttame_jax.experiments.evaluate import read_rows
 from ttame_jax.files import locked
 from ttame_jax.losses import LossConfig
 from ttame_jax.metrics import summarise
 from ttame_jax.metrics.evaluation import Evaluator
+from ttame_jax.plots import explanation_grid
 from ttame_jax.runs import load_config, load_inputs, load_run, save_attention
 
 METHODS = ["gradcam", "rise", "ttame"]
@@ -273,7 +277,25 @@ def test_pictures_are_of_images_that_can_be_read(run, tmp_path, monkeypatch):
         return read(self, index) | ({"image": b"none"} if index == 0 else {})
 
     monkeypatch.setattr(FolderSource, "__getitem__", damaged)
-    words = ["--methods", "ttame", "--measures", "ad", "--pictures", "3", "--limit", "8"]
+    drawn = []
+
+    def grid(pictures, *rest):
+        drawn.extend(pictures)
+        return explanation_grid(pictures, *rest)
+
+    monkeypatch.setattr("ttame_jax.experiments.compare.explanation_grid", grid)
+    words = ["--methods", "rise,ttame", "--measures", "ad", "--pictures", "3", "--limit", "8"]
     with pytest.warns(UserWarning, match="skipping an unreadable image"):
-        compare(run, tmp_path / "out", *words)
-    assert (tmp_path / "out" / "maps.png").is_file()
+        compare(run, tmp_path / "out", *words, "--limits", "rise", "2")
+    assert len(drawn) == 3 and all(picture.any() for picture in drawn)
+
+
+def test_imported_classifiers_are_compared_by_their_contents(random_backbone):
+    one = random_backbone("vit", **TINY)
+    other = nnx.clone(one)
+    one.name, other.name = "models/mine.safetensors", "/elsewhere/mine.safetensors"
+    assert _different(one, other) is None
+    other.head.kernel[...] *= 2
+    assert _different(one, other) == "models/mine.safetensors with other weights"
+    other.name = "models/yours.safetensors"
+    assert _different(one, other) == "models/mine.safetensors and models/yours.safetensors"

@@ -10,6 +10,7 @@ from tiny import TINY
 from ttame_jax import Explainer, load_backbone, load_method, save_backbone
 from ttame_jax.cli import main
 from ttame_jax.data import evaluation_batches, load_source
+from ttame_jax.data.evaluation import EvaluationBatches
 from ttame_jax.data.sources import FolderSource
 from ttame_jax.files import locked
 from ttame_jax.preprocessing import to_float
@@ -82,11 +83,11 @@ def test_slow_methods_have_batches_of_one_image_per_device(command, tmp_path, mo
 
     sizes = []
 
-    def batches(source, preprocessing, batch_size, **options):
-        sizes.append(batch_size)
-        return evaluation_batches(source, preprocessing, batch_size, **options)
+    def batches(source, preprocessing, indices, **options):
+        sizes.append(indices.shape[1])
+        return EvaluationBatches(source, preprocessing, indices, **options)
 
-    monkeypatch.setattr(explain_dataset, "evaluation_batches", batches)
+    monkeypatch.setattr(explain_dataset, "EvaluationBatches", batches)
     options = ["--limit", 8, "--shard-size", 8, "--batch-size", 16, "--method-config", "masks"]
     command("--method", "rise", *options, 4000)
     command("--method", "rise", *options, 1000, "--output", tmp_path / "fewer")
@@ -145,11 +146,23 @@ def test_an_unreadable_image_is_left_out(shard_size, command, monkeypatch):
     assert len(table) == COUNT - 1 and 0 not in table["index"].to_pylist()
 
 
+@pytest.mark.filterwarnings("ignore:skipping")
 def test_unreadable_images_are_counted_over_all_files(command, monkeypatch, capsys):
     damage(monkeypatch, 0, 10)
-    with pytest.warns(UserWarning), pytest.raises(SystemExit):
+    for _ in range(2):  # the second command finds the files of the first
+        with pytest.raises(SystemExit):
+            command("--shard-size", 1)
+        assert f"2 of {COUNT} images of" in capsys.readouterr().err
+
+
+def test_the_last_image_may_be_unreadable_after_an_interruption(command, monkeypatch):
+    folder = command("--shard-size", 1)
+    (*_, last) = sorted(folder.glob("*.parquet"))
+    damage(monkeypatch, pq.read_table(last)["index"][0].as_py())
+    last.unlink()
+    with pytest.warns(UserWarning, match="skipping an unreadable image"):
         command("--shard-size", 1)
-    assert f"2 of {COUNT} images of" in capsys.readouterr().err
+    assert pq.read_metadata(last).num_rows == 0
 
 
 def test_data_sets_are_read_from_the_folder_of_the_run(run, digits_dir, tmp_path, monkeypatch):

@@ -135,3 +135,12 @@ def test_unreadable_images_of_a_data_set_are_left_out(run, labelled, tmp_path):
     with pytest.warns(UserWarning, match="skipping an unreadable image: a/"):
         said = draw(tmp_path / "out", "--run", run, run, "--dataset", labelled, "--limit", 2)
     assert "a" not in said and "e" in said
+
+
+def test_a_data_set_without_a_readable_image_is_refused(run, labelled, tmp_path, refusal):
+    for path in (tmp_path / "labelled").rglob("*.png"):
+        path.write_bytes(b"no image")
+    words = ["--run", run, "--dataset", labelled, "--limit", 1, "--output", tmp_path / "out"]
+    with pytest.warns(UserWarning, match="skipping an unreadable image"):
+        status, said = refusal(["figures", *words])
+    assert status == 1 and "none of the images can be read" in said

@@ -21,6 +21,12 @@ def repeats(*shifts, images=range(40)):
     return result
 
 
+def test_evaluations_know_their_images():
+    one = Repeats(metrics=METRICS)
+    one.figures[0] = {"settings": {"inputs": {"images": "40 images"}}}
+    assert one.source == "40 images"
+
+
 def drop(figures):
     return figures["AD"]["100"]
 

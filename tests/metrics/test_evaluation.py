@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -129,3 +130,14 @@ def test_pointing_and_energy_read_the_boxes_of_their_own_images():
 def test_a_batch_is_no_larger_than_all_images_need(method, source):
     assert Evaluator(method, source, batch_size=8000).batch_size == 24  # of 20 images
     assert Evaluator(method, source, indices=range(3), batch_size=8000).batch_size == 8
+
+
+def test_maps_that_are_not_finite_are_refused(method, source):
+    class Overflowing(TTAME, name=None):
+        def __call__(self, images, classes):
+            maps = super().__call__(images, classes)
+            return jnp.where(jnp.arange(len(images))[:, None, None, None] == 0, jnp.nan, maps)
+
+    overflowing = Overflowing(method.backbone, method.attention)
+    with pytest.raises(ValueError, match="the map of 000.png is not finite"):
+        Evaluator(overflowing, source, metrics=("deletion",), batch_size=8)()

@@ -101,6 +101,7 @@ def test_localisation_needs_no_classifier():
         ({"metrics": ("pointing",)}, "'pointing' needs inside"),
         ({"metrics": ("maxboxacc",)}, "'maxboxacc' needs boxes"),
         ({"boxes": np.ones((2, 4))}, r"boxes must be \[N, M, 4\] with N = 2"),
+        ({"boxes": np.full((2, 1, 4), [2, 2, 6, 6])}, "as fractions of the image"),
         ({"predict": lambda images: 9 * np.ones((len(images), 3))}, "apply a softmax"),
         ({"predict": lambda images: np.ones(len(images))}, "must return probabilities"),
     ],

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from etils import epath
 
-from ttame_jax.data.sources import Source
+from ttame_jax.data.sources import Source, read_text
 from ttame_jax.errors import Damaged
 from ttame_jax.files import digest
 
@@ -29,7 +28,7 @@ def read_boxes(path: str | Path) -> Boxes:
       Damaged: it is something else.
     """
     try:
-        lines = csv.DictReader(epath.Path(path).read_text().splitlines())
+        lines = csv.DictReader(read_text(path).splitlines())
         rows = [(line["file_name"], [float(line[corner]) for corner in CORNERS]) for line in lines]
     except (KeyError, TypeError, ValueError) as error:
         raise Damaged(
@@ -47,7 +46,7 @@ def read_boxes(path: str | Path) -> Boxes:
 
 
 class BoxedSource(Source):
-    """A source whose images have boxes by file name, without folders. Others have none.
+    """A source whose images have boxes by name, or by file name without folders. Others have none.
 
     Args:
       source: the images.
@@ -67,11 +66,30 @@ class BoxedSource(Source):
         return self._source[index] | {"boxes": self._of(index)}
 
     def _of(self, index: int) -> np.ndarray:
-        return self._boxes.get(PurePosixPath(self.name(index)).name, NO_BOXES)
+        key = self._key(index)
+        return NO_BOXES if key is None else self._boxes[key]
+
+    def _key(self, index: int) -> str | None:
+        """The name under which an image has boxes."""
+        name = self.name(index)
+        return next((key for key in (name, PurePosixPath(name).name) if key in self._boxes), None)
 
     def count(self, indices: np.ndarray) -> int:
-        """Returns how many of these images have boxes."""
-        return sum(len(self._of(index)) > 0 for index in indices.tolist())
+        """Returns how many of these images have boxes.
+
+        Raises:
+          ValueError: two images have the same file name, so that boxes could be those of either.
+        """
+        images: dict[str, str] = {}
+        for index in indices.tolist():
+            if (key := self._key(index)) is not None:
+                name = self.name(index)
+                if (other := images.setdefault(key, name)) != name:
+                    raise ValueError(
+                        f"the boxes of {key} could be those of {other} and of {name}: give them "
+                        "under these names"
+                    )
+        return len(images)
 
     def name(self, index: int) -> str:
         return self._source.name(index)

@@ -43,12 +43,15 @@ class Unreadable:
 
     Args:
       source: the images.
-      images: number of images that a process reads, in an epoch.
+      images: number of images that a process may read.
+      before: the images that it had read before an interruption, and how many of them were
+        unreadable.
     """
 
-    def __init__(self, source: Source, images: int):
-        self._source, self._images = source, images
-        self._seen = 0
+    def __init__(self, source: Source, images: int, before: tuple[int, int] = (0, 0)):
+        self._source = source
+        self._seen, self._before = before
+        self._images = images + self._seen
         self._unreadable = set()
 
     def check(self, index: np.ndarray, unreadable: np.ndarray) -> None:
@@ -62,7 +65,7 @@ class Unreadable:
             warnings.warn(f"skipping an unreadable image: {self._source.name(image)}", stacklevel=4)
         self._seen = min(self._seen + int(np.count_nonzero(index >= 0)), self._images)
         judged = self._seen >= min(self._images, ENOUGH_SEEN)
-        count = len(self._unreadable)
+        count = self._before + len(self._unreadable)
         if judged and (count > max(MAX_UNREADABLE * self._seen, 1) or count == self._seen > 0):
             raise Damaged(
                 f"{count} of {self._seen} images of {self._source} are unreadable "

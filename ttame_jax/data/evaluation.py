@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import math
 import os
 from collections.abc import Iterator, Sequence
 
@@ -26,7 +27,7 @@ def evaluation_batches(
     *,
     indices: Sequence[int] | np.ndarray | None = None,
     boxes: bool = False,
-    unreadable: Unreadable | None = None,
+    before: tuple[int, int] = (0, 0),
     process_index: int = 0,
     process_count: int = 1,
 ) -> "EvaluationBatches":
@@ -41,7 +42,7 @@ def evaluation_batches(
       batch_size: images per batch of this process.
       indices: the images to read; all by default.
       boxes: whether to add `boxes`; the source must have boxes.
-      unreadable: counts the unreadable images; by default those of these images alone.
+      before: see `Unreadable`.
       process_index: `jax.process_index()`. Of all batches, the process takes every
         `process_count`-th, starting with this one. All processes take equally many.
       process_count: `jax.process_count()`.
@@ -52,9 +53,14 @@ def evaluation_batches(
     if boxes and not source.has_boxes:
         raise ValueError(f"{source} has no boxes")
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
-    padded = np.pad(chosen, (0, -len(chosen) % (batch_size * process_count)), constant_values=-1)
-    shard = padded.reshape(-1, process_count, batch_size)[:, process_index]
-    return EvaluationBatches(source, preprocessing, shard, boxes, unreadable)
+    shard = in_batches(chosen, (process_count, batch_size))[:, process_index]
+    return EvaluationBatches(source, preprocessing, shard, boxes, before)
+
+
+def in_batches(indices: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns indices as ``[N, *shape]``, padded with -1."""
+    padded = np.pad(indices, (0, -len(indices) % math.prod(shape)), constant_values=-1)
+    return padded.reshape(-1, *shape)
 
 
 def readable_crops(
@@ -78,7 +84,7 @@ class EvaluationBatches:
       preprocessing: the backbone's.
       indices: the images of each batch, int64 [N, b], -1 for padding.
       boxes: see `evaluation_batches`.
-      unreadable: see `evaluation_batches`.
+      before: see `Unreadable`.
     """
 
     def __init__(
@@ -87,17 +93,17 @@ class EvaluationBatches:
         preprocessing: Preprocessing,
         indices: np.ndarray,
         boxes: bool = False,
-        unreadable: Unreadable | None = None,
+        before: tuple[int, int] = (0, 0),
     ):
         self._source, self._preprocessing = source, preprocessing
-        self._indices, self._boxes, self._unreadable = indices, boxes, unreadable
+        self._indices, self._boxes, self._before = indices, boxes, before
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         images = int((self._indices >= 0).sum())
-        unreadable = self._unreadable or Unreadable(self._source, images)
+        unreadable = Unreadable(self._source, images, self._before)
         with concurrent.futures.ThreadPoolExecutor(max(os.cpu_count() or 1, 2)) as threads:
             waiting = collections.deque()
             try:

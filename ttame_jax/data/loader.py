@@ -65,7 +65,7 @@ def train_batches(
     # Processes take the batches in turn as their parts of the global batches.
     dataset = dataset[process_index::process_count]
     size = batch_size * 3 * preprocessing.image_size**2
-    return Batches(dataset, source, workers, images=-(-len(source) // process_count), size=size)
+    return Batches(dataset, source, workers, images=len(source), size=size)
 
 
 class Batches(grain.DatasetIterator):

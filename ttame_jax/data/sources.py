@@ -1,8 +1,9 @@
 """Sources of images, read one record at a time. Folders are here, TFDS is in `tfds_source`."""
 
+import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +17,7 @@ from ttame_jax.files import digest, in_bucket
 _STAND_INS = {"validation": ("validation", "val", "test")}
 _SPLIT_FOLDERS = ("train", "validation", "val", "test")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_IMAGE_NAME = re.compile(rf".*({'|'.join(map(re.escape, IMAGE_SUFFIXES))})(?!\S)", re.IGNORECASE)
 
 
 class Source(ABC):
@@ -91,7 +93,7 @@ def load_source(
         built-in data set, which is generated on first use.
       split: in TFDS's syntax, such as "train" or "validation[:200]". Without such a split,
         "validation" falls back to "val" or "test".
-      data_dir: the folder of prepared data sets. None selects TFDS's default.
+      data_dir: the folder of prepared data sets, for those of TFDS. None selects TFDS's default.
       max_pixels: images with more pixels count as unreadable.
 
     Raises:
@@ -99,10 +101,10 @@ def load_source(
         names the command to prepare it.
       ValueError: the data set or split does not exist, or has no images.
     """
-    here = data_dir is not None and not in_bucket(data_dir)
-    if here and not Path(data_dir).expanduser().is_dir():
-        raise FileNotFoundError(f"no folder {data_dir} of prepared data sets (--data-dir)")
     kind, _, folder = dataset.partition(":")
+    here = data_dir is not None and not in_bucket(data_dir)
+    if kind != "folder" and here and not Path(data_dir).expanduser().is_dir():
+        raise FileNotFoundError(f"no folder {data_dir} of prepared data sets (--data-dir)")
     if kind != "folder" or not split.isidentifier():
         _tfds_source().check_split(split)
     source = (
@@ -131,10 +133,10 @@ def select(source: Source, names: str | Path | None = None, limit: int | None = 
     indices = np.arange(len(source))
     if names is not None:
         try:
-            lines = epath.Path(names).read_text().splitlines()
+            lines = read_text(names).splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"{names} is not a list of images: it is not a text file") from error
-        wanted = [line.split()[0] for line in lines if line.strip()]
+        wanted = [_listed(line) for line in lines if line.strip()]
         indices = source.indices_of(wanted)
         print(f"{len(indices)} of the {len(wanted)} images of {names} are in {source}")
         if not len(indices):
@@ -142,11 +144,40 @@ def select(source: Source, names: str | Path | None = None, limit: int | None = 
     return thin(indices, limit)
 
 
+def read_text(path: str | Path) -> str:
+    """A text file, with or without the byte order mark that spreadsheets write."""
+    return epath.Path(path).read_bytes().decode("utf-8-sig")
+
+
+def _listed(line: str) -> str:
+    """The file name in a line of a list. One with an image's extension may have spaces."""
+    name = _IMAGE_NAME.match(line.strip())
+    return name[0] if name else line.split()[0]
+
+
 def thin(indices: np.ndarray, limit: int | None) -> np.ndarray:
     """Returns at most `limit` of the indices, evenly spaced. None returns all of them."""
     if limit is None or limit >= len(indices):
         return indices
     return indices[np.linspace(0, len(indices) - 1, limit).astype(int)]
+
+
+def images_below(root: Path) -> Iterator[Path]:
+    """The image files in a folder, at any depth. Links are followed, hidden folders left out."""
+    real_parents = {str(root): {os.path.realpath(root)}}
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        parents = real_parents.pop(folder)
+        for name in [*subfolders]:
+            path = os.path.join(folder, name)
+            real = os.path.realpath(path)
+            if name.startswith(".") or real in parents:  # a link to a parent would never end
+                subfolders.remove(name)
+            else:
+                real_parents[path] = parents | {real}
+        for name in files:
+            path = Path(folder, name)
+            if path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                yield path
 
 
 class FolderSource(Source):
@@ -163,13 +194,11 @@ class FolderSource(Source):
             raise FileNotFoundError(f"no folder {root}")
         available = [name for name in _SPLIT_FOLDERS if (root / name).is_dir()]
         if available:
+            if "+" in split:
+                raise ValueError(f"{split!r}: the splits of a folder cannot be added")
             split = existing_split(split, available, f"folder:{folder}")
             root = root / split.partition("[")[0]
-        names = sorted(
-            path.relative_to(root).as_posix()
-            for path in root.rglob("*")
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-        )
+        names = sorted(path.relative_to(root).as_posix() for path in images_below(root))
         if not names:
             raise ValueError(f"no images in {root} ({', '.join(sorted(IMAGE_SUFFIXES))})")
         classes = sorted({name.partition("/")[0] for name in names if "/" in name})

@@ -161,7 +161,7 @@ def _axes(config: TrainConfig, ablation: Ablation) -> tuple[list[Axis], list[Mas
             axes.append(field_axis(name, words))
             if field == "variant" and not words:
                 axes = [*_features_axis(config), *axes]
-            if field == "masking" and not words:
+            if field == "masking" and not words and maskings == [None]:
                 maskings = list(get_args(Masking))
     names = [axis.name for axis in axes]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -287,13 +287,14 @@ def differences(results: Sequence[Result]) -> str:
 
     The cells are those of `tables.differences`, with intervals of a paired bootstrap over the images
     and seeds. Settings that are evaluated with several maskings are compared with the first of the
-    same masking. Empty if there is nothing to compare.
+    same masking. Settings that are evaluated on other images are left out. Empty if there is
+    nothing to compare.
     """
     labels, figures = [], []
     for result in results:
         masking = result.labels.get(EVALUATION_MASKING)
         first = next(x for x in results if x.labels.get(EVALUATION_MASKING) == masking)
-        if result is not first:
+        if result is not first and result.source == first.source:
             labels.append([*result.labels.values()])
             figures.append(result.minus(first))
     if not labels:

@@ -33,13 +33,20 @@ from ttame_jax.experiments.evaluate import (
     read_rows,
 )
 from ttame_jax.experiments.repeats import Repeats
-from ttame_jax.files import check_output_folder, locked, to_json, write_atomically
+from ttame_jax.files import (
+    below_common,
+    check_output_folder,
+    locked,
+    to_json,
+    write_atomically,
+)
 from ttame_jax.labels import label
 from ttame_jax.methods import Method, compute_maps, list_methods, load_method, method_title
 from ttame_jax.metrics import list_metrics, load_metrics
 from ttame_jax.plots import explanation_grid, save_figure
 from ttame_jax.preprocessing import to_float
 from ttame_jax.runs import load_class_names, load_run
+from ttame_jax.weights.backbones import unmoved
 from ttame_jax.weights.transfer import digest
 
 ALL = ("all",)
@@ -241,7 +248,7 @@ class Comparison:
         if "road" in self.config.measures:
             save_curves({one["method"]: one for one in means}, output)
         if self.config.pictures:
-            self._draw(drawn, next(iter(columns.values())).images)
+            self._draw(drawn, max((column.images for column in columns.values()), key=len))
 
     def _seed(self, name: str) -> int:
         """The seed of a method's run; 0 for a method that is not trained."""
@@ -319,7 +326,7 @@ class Comparison:
 
 def _different(one: Backbone, other: Backbone) -> str | None:
     """In what two backbones differ; None if they are the same classifier with the same features."""
-    if one.name != other.name:
+    if unmoved(one.name) != unmoved(other.name):
         return f"{one.name} and {other.name}"
     sizes = [dataclasses.replace(b.architecture, class_names=None) for b in (one, other)]
     if sizes[0] != sizes[1] or one.feature_layers != other.feature_layers:
@@ -341,14 +348,10 @@ def _by_name(
     folders: Sequence[Path], attentions: Sequence[AttentionMechanism]
 ) -> dict[str, AttentionMechanism]:
     """The attention mechanisms of runs by the names of their methods."""
-    paths = [folder.absolute() for folder in folders]
-    common = os.path.commonpath([path.parent for path in paths])
     variants = [attention.variant for attention in attentions]
     names = [
-        variant
-        if variants.count(variant) == 1
-        else f"{variant}-{'_'.join(path.relative_to(common).parts)}"
-        for variant, path in zip(variants, paths)
+        variant if variants.count(variant) == 1 else f"{variant}-{'_'.join(path.parts)}"
+        for variant, path in zip(variants, below_common(folders))
     ]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(

@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 
 from ttame_jax.experiments.evaluate import read_figures
 from ttame_jax.experiments.tables import titles
-from ttame_jax.files import check_output_folder, write_atomically
+from ttame_jax.files import below_common, check_output_folder, write_atomically
 from ttame_jax.plots import line_style, save_figure
 
 ORDERS = {"MoRF": "most relevant first (lower is better)", "LeRF": "least relevant first (higher)"}
@@ -57,8 +56,7 @@ def _read(paths: Sequence[Path]) -> dict[str, dict]:
     paths = list(dict.fromkeys(path.absolute() for path in paths))
     contents = [_figures(path) for path in paths]
     methods = [content["method"] for content in contents]
-    common = os.path.commonpath([path.parent for path in paths])
-    in_folders = [str(path.relative_to(common).with_suffix("")) for path in paths]
+    in_folders = [str(path.with_suffix("")) for path in below_common(paths)]
     choices = methods, [path.stem for path in paths], in_folders, list(map(str, paths))
     names = next(names for names in choices if len(set(names)) == len(paths))
     return {name: content | {"method": name} for name, content in zip(names, contents)}

@@ -156,6 +156,11 @@ class EvaluateConfig(EvaluationOptions):
     method_config: dict[str, int | float | str] = dataclasses.field(default_factory=dict)
     """Options of the method as name and value, such as masks 1000 or layer blocks.10."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.output.suffix == ".npz":
+            raise ValueError(f"--output is a JSON file, not {self.output}: rows are beside it")
+
 
 def evaluate(config: EvaluateConfig) -> dict:
     """Evaluates a method's maps, prints a table and writes the figures.
@@ -244,11 +249,10 @@ class EvaluationSetup:
                 "seconds_per_image": seconds / len(rows["index"]),
                 "settings": settings,
             }
-            figures = _with_nan(json.loads(to_json(figures)))
             save_arrays(rows_file(output), **rows)
             write_atomically(output, to_json(seal(figures), indent=2) + "\n")
             resumable.remove()
-        return figures
+        return read_figures(output)
 
     def evaluator(self, method: Method) -> Evaluator:
         """Measures a method on the images of the setup."""
@@ -301,7 +305,7 @@ def _with_nan(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 def rows_file(path: Path) -> Path:
     """The file of the rows of a file of figures: the values of each image."""
-    return path.with_suffix(".npz")
+    return path.with_name(path.name.removesuffix(".json") + ".npz")
 
 
 def digest_of_rows(rows: Rows) -> str:

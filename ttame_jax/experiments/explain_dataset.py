@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,14 +11,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
+import pyarrow.parquet as pq
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from ttame_jax.data import Source, evaluation_batches, select
-from ttame_jax.data.elements import Unreadable
+from ttame_jax.data import Source, select
+from ttame_jax.data.evaluation import EvaluationBatches, in_batches
 from ttame_jax.errors import Damaged
 from ttame_jax.experiments.cost import estimate, images_per_batch, is_slow
 from ttame_jax.experiments.evaluate import Selection
@@ -100,15 +101,22 @@ def _write(
     """Explains the images of the files that are missing."""
     shards = _shards(config.output, indices, config.shard_size)
     mine = shards[jax.process_index() :: jax.process_count()]
-    left = [(path, part) for path, part in mine if not path.exists()]
-    total, missing = (sum(len(part) for _, part in some) for some in (mine, left))
-    with tqdm(
-        total=total, initial=total - missing, unit="image", disable=jax.process_index() > 0
-    ) as bar:
-        unreadable = Unreadable(source, missing)
-        for path, part in left:
-            columns = _explained(explain, source, part, unreadable, bar)
-            write_atomically(path, _parquet([*columns]))
+    finished = {path: pq.read_metadata(path).num_rows for path, _ in mine if path.exists()}
+    left = {
+        path: in_batches(part, (explain.batch_size,)) for path, part in mine if path not in finished
+    }
+    done = sum(len(part) for path, part in mine if path in finished)
+    batches = EvaluationBatches(
+        source,
+        explain.preprocessing,
+        np.concatenate([*left.values()] or [[]]),
+        before=(done, done - sum(finished.values())),
+    )
+    total = sum(len(part) for _, part in mine)
+    with tqdm(total=total, initial=done, unit="image", disable=jax.process_index() > 0) as bar:
+        columns = _explained(explain, source, batches, bar)
+        for path, part in left.items():
+            write_atomically(path, _parquet([*itertools.islice(columns, len(part))]))
     _say(f"{len(indices)} images, {len(shards)} files: {config.output}")
 
 
@@ -198,17 +206,10 @@ class _Program:
 
 
 def _explained(
-    explain: _Program,
-    source: Source,
-    indices: np.ndarray,
-    unreadable: Unreadable,
-    bar: tqdm,
+    explain: _Program, source: Source, batches: EvaluationBatches, bar: tqdm
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The columns of some images, batch by batch. Unreadable images are left out."""
+    """The columns of each batch. Unreadable images are left out."""
     running = collections.deque()
-    batches = evaluation_batches(
-        source, explain.preprocessing, explain.batch_size, indices=indices, unreadable=unreadable
-    )
     for batch in batches:
         running.append((batch, explain(batch["image"])))
         if len(running) > AHEAD:
@@ -243,7 +244,7 @@ def _parquet(batches: Sequence[dict[str, np.ndarray]]) -> bytes:
         kind = pa.string() if values.dtype == object else None  # which an empty array does not tell
         columns[name] = _tensors(values) if values.ndim > 1 else pa.array(values, kind)
     sink = pa.BufferOutputStream()
-    pyarrow.parquet.write_table(pa.table(columns), sink, compression="zstd")
+    pq.write_table(pa.table(columns), sink, compression="zstd")
     return sink.getvalue().to_pybytes()
 
 

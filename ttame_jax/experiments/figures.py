@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ttame_jax.data import Source, select, thin
 from ttame_jax.data.transforms import decode, open_picture
+from ttame_jax.errors import Damaged
 from ttame_jax.experiments.cost import estimate, is_slow
 from ttame_jax.experiments.evaluate import Selection
 from ttame_jax.experiments.explain import Drawing, MethodConfig, find_images, parse_classes
@@ -94,6 +95,7 @@ def figures(config: FiguresConfig) -> None:
       ValueError: unknown classes, an unknown method, or no image is misclassified.
       FileNotFoundError: a run, the weights, the images or the data set do not exist.
       UnreadableImage: a file is not an image.
+      Damaged: no image of the data set can be read.
     """
     check_output_folder(config.output)
     photographs = _photographs(config)
@@ -103,6 +105,8 @@ def figures(config: FiguresConfig) -> None:
             print(estimate(explainer.method, images=1))
     explain = _mistakes if config.classes == MISTAKES else _explained
     explained = list(explain(config, photographs, explainers))
+    if not explained:
+        raise Damaged("none of the images can be read")
     if len(explainers) == 1 and len(explained[0].explanations[0].classes) > 1:
         rows = [("", [_photograph(one), *_maps(config, one, 0)]) for one in explained]
         figure = picture_grid(rows, "width", config.colour_map)

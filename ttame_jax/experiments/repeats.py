@@ -93,6 +93,11 @@ class Repeats:
         """The indices of the images that all seeds were evaluated on."""
         return functools.reduce(np.intersect1d, (rows["index"] for rows in self.rows.values()))
 
+    @property
+    def source(self) -> str:
+        """The fingerprint of the images that were selected."""
+        return next(iter(self.figures.values()))["settings"]["inputs"]["images"]
+
     def _on(self, images: np.ndarray) -> "Repeats":
         """These evaluations on some of their images."""
         if all(np.array_equal(rows["index"], images) for rows in self.rows.values()):

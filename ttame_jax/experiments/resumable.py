@@ -32,17 +32,19 @@ class ResumableRows:
 
     def collect(
         self,
-        batches: Callable[[np.ndarray], Iterable[Rows]],
+        batches: Callable[[np.ndarray, int], Iterable[Rows]],
         indices: Sequence[int] | np.ndarray,
     ) -> tuple[Rows, float]:
         """Evaluates the images that have no row yet.
 
         Args:
-          batches: yields the rows of the images with the given indices, batch by batch.
+          batches: yields the rows of the images with the given indices, batch by batch. It is also
+            given the number of images that have rows.
           indices: of all images.
 
         Returns:
-          The rows of all images, sorted by index, and the total time in seconds.
+          The rows of all images, sorted by index, and the total time in seconds. Processes other than
+          the first may have no rows.
         """
         first = jax.process_index() == 0
         records = self._read() if first else []
@@ -53,7 +55,7 @@ class ResumableRows:
         )
         start = time.perf_counter()
         with bar, contextlib.closing(self._file(records)) as file:
-            for rows in batches(left) if len(left) else ():
+            for rows in batches(left, len(indices) - len(left)) if len(left) else ():
                 seconds, start = time.perf_counter() - start, time.perf_counter()
                 count = len(rows["index"])
                 new = [
@@ -65,6 +67,8 @@ class ResumableRows:
                     file.append(*map(_line, new))
                 records += new
                 bar.update(count)
+        if not records:  # all were there, and only the first process has read them
+            return {}, 0.0
         records.sort(key=lambda record: record["index"])
         rows = {name: _column([record[name] for record in records]) for name in records[0]}
         return rows, float(rows.pop("seconds").sum())

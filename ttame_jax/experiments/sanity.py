@@ -8,7 +8,6 @@ and the correlation of histograms of oriented gradients (HOG).
 
 import dataclasses
 import functools
-import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,12 @@ from ttame_jax.data import evaluation_batches, thin
 from ttame_jax.errors import Failure
 from ttame_jax.experiments.arguments import Names
 from ttame_jax.experiments.cost import estimate, is_slow
-from ttame_jax.experiments.evaluate import ImageOptions, image_inputs, known_figures
+from ttame_jax.experiments.evaluate import (
+    ImageOptions,
+    image_inputs,
+    known_figures,
+    read_figures,
+)
 from ttame_jax.experiments.resumable import ResumableRows
 from ttame_jax.experiments.tables import csv_table
 from ttame_jax.files import (
@@ -311,7 +315,7 @@ class Check:
         else:
             print(f"{name}: {len(cascade.steps)} steps, {len(self.indices)} images")
         resumable = ResumableRows(path, settings)
-        rows, _ = resumable.collect(lambda left: self._rows(cascade, left), self.indices)
+        rows, _ = resumable.collect(functools.partial(self._rows, cascade), self.indices)
         explained = ~np.isnan(rows["spearman"][:, 0])
         if not explained.any():
             raise Failure(f"all maps of {cascade.method.name} are constant: choose other images")
@@ -325,12 +329,11 @@ class Check:
             "intervals": bootstrap(rows, summarise),
             "settings": settings,
         }
-        figures = json.loads(to_json(figures))
         write_atomically(path, to_json(seal(figures), indent=2) + "\n")
         resumable.remove()
-        return figures
+        return read_figures(path)
 
-    def _rows(self, cascade: Cascade, indices: np.ndarray) -> Iterator[Rows]:
+    def _rows(self, cascade: Cascade, indices: np.ndarray, done: int) -> Iterator[Rows]:
         """The similarities of the images ``[1, steps]``, one image at a time.
 
         Each image has a random network of its own, so that means and intervals are those over
@@ -339,7 +342,9 @@ class Check:
         """
         explain, seed = self.config.explain, self.config.seed
         preprocessing = self.run.backbone.preprocessing
-        for batch in evaluation_batches(self.source, preprocessing, 1, indices=indices):
+        for batch in evaluation_batches(
+            self.source, preprocessing, 1, indices=indices, before=(done, 0)
+        ):
             if not batch["valid"][0]:
                 continue
             image, index = to_float(batch["image"][0]), batch["index"]

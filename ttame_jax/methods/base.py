@@ -142,9 +142,11 @@ def checked_images(images: jax.typing.ArrayLike) -> jax.Array:
     """Returns the images as an array. The values of a tracer are not checked.
 
     Raises:
-      ValueError: they are not floats ``[B, H, W, 3]`` in [0, 1].
+      ValueError: they are not floats ``[B, H, W, 3]`` in [0, 1], or there are none.
     """
     images = jnp.asarray(images)
+    if images.ndim == 4 and images.shape[0] == 0:
+        raise ValueError("there are no images")
     if images.ndim != 4 or images.shape[-1] != 3 or not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(
             f"images must be floats [B, H, W, 3] in [0, 1], not {images.dtype} {list(images.shape)}"

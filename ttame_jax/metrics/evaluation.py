@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
@@ -87,9 +88,19 @@ class Evaluator:
         return flatten_dict(summarise(self(state), self.metrics), sep="_")
 
     def batches(
-        self, indices: Sequence[int] | np.ndarray | None = None, state: nnx.State | None = None
+        self,
+        indices: Sequence[int] | np.ndarray | None = None,
+        done: int = 0,
+        state: nnx.State | None = None,
     ) -> Iterator[Rows]:
-        """Yields the rows batch by batch, of all images or of the given ones."""
+        """Yields the rows batch by batch, of all images or of the given ones.
+
+        `done` is the number of other images that an interrupted evaluation has measured.
+
+        Raises:
+          Damaged: too many images are unreadable.
+          ValueError: a map is not finite.
+        """
         state = replicate(nnx.state(self.method) if state is None else state, self.mesh)
         key = jax.random.key(self.seed)
         for batch in evaluation_batches(
@@ -98,6 +109,7 @@ class Evaluator:
             self.batch_size // jax.process_count(),
             indices=self.indices if indices is None else indices,
             boxes=self._boxes,
+            before=(done, 0),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         ):
@@ -105,6 +117,10 @@ class Evaluator:
             batch = {name: shard_batch(values, self.mesh) for name, values in batch.items()}
             rows = {"index": batch["index"], **self._step(state, batch, key)}
             rows, valid = gather((rows, batch["valid"]))
+            finite = rows.pop("finite") | ~valid
+            if not finite.all():
+                name = self.source.name(int(rows["index"][~finite][0]))
+                raise ValueError(f"the map of {name} is not finite")
             yield {name: values[valid] for name, values in rows.items()}
 
 
@@ -159,7 +175,8 @@ def _measure(
         boxes=boxes,
         inside=None if boxes is None else pixels_inside(boxes, size),
     )
-    return measure_sample(sample, metrics)
+    finite = jnp.isfinite(sample.maps).all(axis=(1, 2))
+    return measure_sample(sample, metrics) | {"finite": finite}
 
 
 def summarise(rows: Rows, metrics: Sequence[str]) -> dict[str, Any]:

@@ -255,6 +255,11 @@ def _checked(
         given = np.asarray(boxes, np.float32)
         if given.ndim != 3 or given.shape[::2] != (count, 4):
             raise ValueError(f"boxes must be [N, M, 4] with N = {count}")
+        height, width = np.moveaxis(
+            np.diff(given.reshape(-1, 2, 2).clip(0, 1), axis=1)[:, 0], -1, 0
+        )
+        if not ((height > 0) & (width > 0)).any():
+            raise ValueError("boxes must be ymin, xmin, ymax and xmax as fractions of the image")
         inside = np.asarray(pixels_inside(jnp.asarray(given), images.shape[1:3]))
         arrays = {"inside": inside} | arrays | {"boxes": given}
     return arrays

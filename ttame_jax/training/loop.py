@@ -128,7 +128,7 @@ class Trainer:
             Checkpoints(config) as checkpoints,
             preemption() as preempted,
         ):
-            state = self._start(plan, batches, checkpoints)
+            state = self._start(batches, checkpoints)
             first, metrics = int(state.step), None
             with (
                 Feed(batches, self.mesh) as feed,
@@ -164,15 +164,15 @@ class Trainer:
             say(f"done: ttame explain IMAGE --run {config.output} --output DIR")
         return True
 
-    def _start(self, plan: Plan, batches: Batches, checkpoints: Checkpoints) -> TrainState:
+    def _start(self, batches: Batches, checkpoints: Checkpoints) -> TrainState:
         """The state to begin with, restored or new. Sets the batches' position, too."""
         settle(self.config)  # another process may have written since the first check
         _check_inputs(self.config, self.inputs)
-        state, position = checkpoints.restore(self._initial_state(plan))
+        state, position = checkpoints.restore(self._initial_state(self.plan))
         if position is not None:
             batches.set_state(position)
         elif self.config.scale_features:
-            state = self._scaled_state(plan)
+            state = self._scaled_state(self.plan)
         if jax.process_index() == 0:
             self.config.save(inputs=self.inputs)
             if position is None:  # later the user may have edited them
