@@ -33,9 +33,9 @@ def backbone(
     from ttame_jax.weights.backbones import default_weights
     from ttame_jax.weights.transfer import parameters
 
+    check_output_file(output)
     if output.suffix != ".safetensors":
         raise ValueError(f"--output is a .safetensors file, not {output}")
-    check_output_file(output)
     weights = weights or default_weights(name)
     model = load_backbone(name, weights, num_classes=num_classes, image_size=image_size)
     save_backbone(model, output)

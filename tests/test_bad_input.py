@@ -224,7 +224,11 @@ CONVERT = "convert backbone vit --weights {}/"
         (CONVERT + "text.ckpt --output {}/w.safetensors", 1, "text.ckpt is not a plain checkpoint"),
         (CONVERT + "none.pth --output {}/w.safetensors", 1, "no weights file"),
         ("convert backbone vgg99 --output {}/w.safetensors", 2, "unknown backbone 'vgg99'"),
-        ("convert backbone vit --weights timm --output {}/w", 2, "timm has no weights for vit"),
+        (
+            "convert backbone vit --weights timm --output {}/w.safetensors",
+            2,
+            "timm has no weights for vit",
+        ),
         ("convert from-reference {}/text.ckpt --output {}/out", 1, "text.ckpt is not a plain"),
         ("convert from-reference {}/none.ckpt --output {}/out", 1, "no checkpoint"),
         ("convert from-reference {}/text.safetensors --output {}/out", 1, "not a safetensors file"),

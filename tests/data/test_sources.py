@@ -254,12 +254,6 @@ def test_splits_without_images_are_refused(split, digits_dir):
         load_source("digits", split, digits_dir)
 
 
-def test_a_folder_of_images_needs_no_folder_of_prepared_data_sets(tmp_path):
-    (tmp_path / "val").mkdir()
-    noise(8, 8).save(tmp_path / "val" / "a.png")
-    assert len(load_source(f"folder:{tmp_path}", "val", tmp_path / "gone")) == 1
-
-
 def test_class_folders_may_be_links_and_hidden_ones_are_left_out(tmp_path):
     make_folder(tmp_path, "elsewhere/1.png", "train/b/2.png", "train/.thumbnails/3.png")
     (tmp_path / "train" / "a").symlink_to(tmp_path / "elsewhere")

@@ -9,9 +9,12 @@ from tiny import TINY
 
 from ttame_jax import Explainer, load_backbone, load_method, save_backbone
 from ttame_jax.cli import main
+from ttame_jax.config import TrainConfig
 from ttame_jax.data import evaluation_batches, load_source
 from ttame_jax.data.evaluation import EvaluationBatches
 from ttame_jax.data.sources import FolderSource
+from ttame_jax.data.transforms import MAX_PIXELS
+from ttame_jax.experiments.evaluate import Selection
 from ttame_jax.files import locked
 from ttame_jax.preprocessing import to_float
 from ttame_jax.runs import load_config
@@ -163,6 +166,11 @@ def test_the_last_image_may_be_unreadable_after_an_interruption(command, monkeyp
     with pytest.warns(UserWarning, match="skipping an unreadable image"):
         command("--shard-size", 1)
     assert pq.read_metadata(last).num_rows == 0
+
+
+def test_a_folder_of_images_needs_no_data_dir_of_the_run(pictures, tmp_path):
+    run = TrainConfig(backbone="vit", output=tmp_path, data_dir=str(tmp_path / "gone"))
+    assert len(Selection(dataset=f"folder:{pictures}").source(run, MAX_PIXELS)) == 20
 
 
 def test_data_sets_are_read_from_the_folder_of_the_run(run, digits_dir, tmp_path, monkeypatch):

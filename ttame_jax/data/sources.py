@@ -93,7 +93,7 @@ def load_source(
         built-in data set, which is generated on first use.
       split: in TFDS's syntax, such as "train" or "validation[:200]". Without such a split,
         "validation" falls back to "val" or "test".
-      data_dir: the folder of prepared data sets, for those of TFDS. None selects TFDS's default.
+      data_dir: the folder of prepared data sets. None selects TFDS's default.
       max_pixels: images with more pixels count as unreadable.
 
     Raises:
@@ -101,10 +101,10 @@ def load_source(
         names the command to prepare it.
       ValueError: the data set or split does not exist, or has no images.
     """
-    kind, _, folder = dataset.partition(":")
     here = data_dir is not None and not in_bucket(data_dir)
-    if kind != "folder" and here and not Path(data_dir).expanduser().is_dir():
+    if here and not Path(data_dir).expanduser().is_dir():
         raise FileNotFoundError(f"no folder {data_dir} of prepared data sets (--data-dir)")
+    kind, _, folder = dataset.partition(":")
     if kind != "folder" or not split.isidentifier():
         _tfds_source().check_split(split)
     source = (

@@ -13,7 +13,7 @@ import tyro
 from ttame_jax import files
 from ttame_jax.attention import AttentionMechanism
 from ttame_jax.backbones import Backbone
-from ttame_jax.config import TrainConfig
+from ttame_jax.config import FOLDER, TrainConfig
 from ttame_jax.data import BoxedSource, Source, load_source, read_boxes, select
 from ttame_jax.data.transforms import MAX_PIXELS
 from ttame_jax.errors import Damaged
@@ -72,7 +72,9 @@ class Selection:
           max_pixels: images with more pixels count as unreadable.
         """
         dataset = self.dataset or (run.dataset if run else "")
-        data_dir = self.data_dir or (run.data_dir if run else None)
+        data_dir = self.data_dir
+        if run and not dataset.startswith(FOLDER):  # which needs none
+            data_dir = data_dir or run.data_dir
         return load_source(dataset, self.split, data_dir, max_pixels)
 
 

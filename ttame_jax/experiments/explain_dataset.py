@@ -102,21 +102,20 @@ def _write(
     shards = _shards(config.output, indices, config.shard_size)
     mine = shards[jax.process_index() :: jax.process_count()]
     finished = {path: pq.read_metadata(path).num_rows for path, _ in mine if path.exists()}
-    left = {
-        path: in_batches(part, (explain.batch_size,)) for path, part in mine if path not in finished
-    }
+    shape = (explain.batch_size,)
+    left = {path: in_batches(part, shape) for path, part in mine if path not in finished}
     done = sum(len(part) for path, part in mine if path in finished)
     batches = EvaluationBatches(
         source,
         explain.preprocessing,
-        np.concatenate([*left.values()] or [[]]),
+        np.concatenate([in_batches(indices[:0], shape), *left.values()]),
         before=(done, done - sum(finished.values())),
     )
     total = sum(len(part) for _, part in mine)
     with tqdm(total=total, initial=done, unit="image", disable=jax.process_index() > 0) as bar:
         columns = _explained(explain, source, batches, bar)
-        for path, part in left.items():
-            write_atomically(path, _parquet([*itertools.islice(columns, len(part))]))
+        for path, its_batches in left.items():
+            write_atomically(path, _parquet([*itertools.islice(columns, len(its_batches))]))
     _say(f"{len(indices)} images, {len(shards)} files: {config.output}")
 
 
